@@ -1,0 +1,53 @@
+"""Differentiable all-to-all with uneven splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.recompute import recorded
+
+
+def _exchange(x_ND: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = x_ND.new_empty(sum(recv), *x_ND.shape[1:])
+    dist.all_to_all_single(received, x_ND.contiguous(), recv, send, group=group)
+    return received
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.recv, ctx.group = send, recv, group
+        return recorded(lambda: _exchange(x_ND, send, recv, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grads[0], ctx.recv, ctx.send, ctx.group), None, None, None
+
+
+def all_to_all_rows(
+    x_ND: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Send ``send_splits[r]`` consecutive rows to rank r of the group; backward sends gradients home.
+
+    A recomputation gets the rows of the first time and sends nothing.
+
+    Args:
+        x_ND: rows ordered by destination, ``N = sum(send_splits)``. Zero splits are fine.
+
+    Returns:
+        ``[sum(recv_splits), D]``, ordered by source rank.
+    """
+    return _AllToAll.apply(x_ND, send_splits, recv_splits, group)
+
+
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of an ``[ep, E_local]`` table of row counts: row r goes to rank r. No gradient.
+
+    Replayed, like the rows, in a recomputation.
+    """
+    even = [1] * dist.get_world_size(group)
+    return recorded(lambda: _exchange(counts, even, even, group))

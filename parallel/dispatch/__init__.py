@@ -1,0 +1,1 @@
+"""Token dispatchers: one backend a file, ``local`` is the oracle for the others."""

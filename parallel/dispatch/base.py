@@ -1,0 +1,66 @@
+"""What a dispatcher is: it takes tokens to the experts they chose and brings the answers home.
+
+    x_TD ──dispatch──▶ rows grouped by local expert ──experts──▶ rows ──combine──▶ y_TD
+
+A dispatcher is not a module and holds no parameters. ``dispatch`` returns frozen metadata that ``combine``
+takes back, so that one dispatcher serves every layer and every micro-batch.
+
+Shape suffixes: T tokens on this rank, K choices a token, E experts, N rows, D model width. A *pair* is one
+(token, choice); its flat number is ``t · K + k``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided for T tokens.
+
+    Attributes:
+        expert_TK: chosen experts, int64.
+        weight_TK: combine weights, fp32, with gradient.
+        num_experts: E.
+        slot_TK: with a capacity, the pair's place in its expert's buffer of ``num_slots`` rows, or -1
+            where it is dropped; None in dropless mode.
+        num_slots: rows of one expert's buffer over all packed rows of this rank; None in dropless mode.
+    """
+
+    expert_TK: Tensor
+    weight_TK: Tensor
+    num_experts: int
+    slot_TK: Tensor | None = None
+    num_slots: int | None = None
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows for this rank's experts, and how to get back.
+
+    Attributes:
+        rows_ND: tokens sorted by local expert.
+        counts_E: rows of each local expert, int64 on the rows' device; they sum to N.
+        metadata: what ``combine`` of the same dispatcher needs.
+        num_sent: rows that left this rank (0-dim int64), for accounting.
+    """
+
+    rows_ND: Tensor
+    counts_E: Tensor
+    metadata: object
+    num_sent: Tensor
+
+
+class Dispatcher(Protocol):
+    """Every backend computes what :class:`parallel.dispatch.local.LocalDispatcher` does."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        """Group tokens by expert. Collective over the ep axis, in the same order on every rank."""
+        ...
+
+    def combine(self, rows_ND: Tensor, routing: Routing, metadata: object) -> Tensor:
+        """Weighted sum of each token's answers, ``[T, D]``. Collective like ``dispatch``."""
+        ...

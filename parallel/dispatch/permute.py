@@ -1,0 +1,138 @@
+"""Moving rows between token order and expert order, forward and backward as gathers only.
+
+Gathers (and sums over the fixed K choices) have one order of additions: the same bits each time, on every
+device, which a scatter with atomics does not give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Which row a pair becomes, and which pair a row came from.
+
+    Attributes:
+        row_of_pair_TK: row of each pair, -1 where the pair is dropped.
+        pair_of_row_N: pair of each row, -1 where the row is empty.
+        partial: whether any -1 may occur (a capacity); False skips the masking.
+    """
+
+    row_of_pair_TK: Tensor
+    pair_of_row_N: Tensor
+    partial: bool
+
+    @classmethod
+    def by_key(cls, key_TK: Tensor) -> Permutation:
+        """Rows sorted by an integer key, pairs of equal key in their order. Every pair gets a row."""
+        pair_of_row = torch.argsort(key_TK.flatten(), stable=True)
+        row_of_pair = torch.empty_like(pair_of_row)
+        row_of_pair[pair_of_row] = torch.arange(pair_of_row.numel(), device=key_TK.device)
+        return cls(row_of_pair.view(key_TK.shape), pair_of_row, partial=False)
+
+    @classmethod
+    def by_row(cls, row_of_pair_TK: Tensor, num_rows: int) -> Permutation:
+        """Given rows (-1: dropped) in a table of ``num_rows``; static shapes, so no host sync."""
+        flat = row_of_pair_TK.flatten()
+        pair_of_row = torch.full((num_rows + 1,), -1, dtype=flat.dtype, device=flat.device)
+        pair_of_row[torch.where(flat < 0, num_rows, flat)] = torch.arange(flat.numel(), device=flat.device)
+        return cls(row_of_pair_TK, pair_of_row[:num_rows], partial=True)
+
+    @property
+    def num_choices(self) -> int:
+        return self.row_of_pair_TK.shape[1]
+
+
+def _take(x: Tensor, index: Tensor, partial: bool) -> Tensor:
+    """``x[index]``, zeros where index is -1."""
+    if not partial:
+        return x.index_select(0, index)
+    if x.shape[0] == 0:
+        return x.new_zeros(index.shape[0], *x.shape[1:])
+    valid = (index >= 0).view(-1, *[1] * (x.dim() - 1))
+    return x.index_select(0, index.clamp_min(0)).masked_fill(~valid, 0)
+
+
+def _weighted_sum(rows_ND: Tensor, index_TK: Tensor, weight_TK: Tensor | None, partial: bool) -> Tensor:
+    """``out[t] = Σ_k weight[t, k] · rows[index[t, k]]``, accumulated in fp32 (or wider)."""
+    num_tokens, num_choices = index_TK.shape
+    if rows_ND.shape[0] == 0:
+        return rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
+    if partial:
+        kept = index_TK >= 0
+        weight_TK = kept.to(rows_ND.dtype) if weight_TK is None else weight_TK * kept
+        index_TK = index_TK.clamp_min(0)
+    if rows_ND.dtype == torch.float32 and num_choices > 1:
+        # A fused gather and sum: no [T, K, D] in between.
+        weights = None if weight_TK is None else weight_TK.to(torch.float32)
+        return F.embedding_bag(index_TK, rows_ND, per_sample_weights=weights, mode="sum")
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    out = torch.zeros(num_tokens, rows_ND.shape[1], dtype=wide, device=rows_ND.device)
+    for k in range(num_choices):
+        picked = rows_ND.index_select(0, index_TK[:, k]).to(wide)
+        out += picked if weight_TK is None else picked * weight_TK[:, k, None]
+    return out.to(rows_ND.dtype)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        token_of_row = torch.div(permutation.pair_of_row_N, permutation.num_choices, rounding_mode="floor")
+        return _take(x_TD, token_of_row, permutation.partial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        p: Permutation = ctx.permutation
+        return _weighted_sum(grads[0], p.row_of_pair_TK, None, p.partial), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        ctx.save_for_backward(rows_ND, weight_TK)
+        return _weighted_sum(rows_ND, permutation.row_of_pair_TK, weight_TK, permutation.partial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        p: Permutation = ctx.permutation
+        rows_ND, weight_TK = ctx.saved_tensors
+        token_of_row = torch.div(p.pair_of_row_N, p.num_choices, rounding_mode="floor")
+        grad_ND = _take(grads[0], token_of_row, p.partial)
+        dot_N = (grad_ND.to(weight_TK.dtype) * rows_ND.to(weight_TK.dtype)).sum(-1)
+        grad_weight = _take(dot_N, p.row_of_pair_TK.flatten(), p.partial).view_as(weight_TK)
+        weight_N = _take(weight_TK.flatten(), p.pair_of_row_N, p.partial)
+        return (grad_ND * weight_N[:, None]).to(rows_ND.dtype), grad_weight, None
+
+
+def spread(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """Copy each token to the rows of its pairs: ``[T, D] → [N, D]``; empty rows are zero."""
+    return _Spread.apply(x_TD, permutation)
+
+
+def gather(rows_ND: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
+    """Weighted sum of each token's rows: ``[N, D] → [T, D]``; a dropped pair adds nothing."""
+    return _Gather.apply(rows_ND, weight_TK, permutation)
+
+
+def plan(expert_TK: Tensor, slot_TK: Tensor | None, num_slots: int | None, num_experts: int) -> Permutation:
+    """The permutation that groups pairs by expert (or puts them into the experts' fixed slots)."""
+    if slot_TK is None:
+        return Permutation.by_key(expert_TK)
+    assert num_slots is not None
+    row_TK = torch.where(slot_TK < 0, slot_TK, expert_TK * num_slots + slot_TK)
+    return Permutation.by_row(row_TK, num_experts * num_slots)
+
+
+def count(index: Tensor, num_bins: int) -> Tensor:
+    """How often each of ``0 … num_bins - 1`` occurs, int64 (bincount without its host sync)."""
+    flat = index.flatten()
+    zeros = torch.zeros(num_bins, dtype=torch.int64, device=flat.device)
+    return zeros.scatter_add_(0, flat, torch.ones_like(flat))

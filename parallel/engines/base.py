@@ -1,0 +1,69 @@
+"""What every engine offers, and the one view of state that init, checkpoints, digests and proofs share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """This rank's part of one named tensor of the run.
+
+    Over all ranks the slices with ``owner=True`` cover every element of the tensor exactly once, whatever
+    the layout; that is what a checkpoint writes and what a digest sums. Slices that are not owned are
+    replicas; they must be loaded as well, never written.
+
+    Attributes:
+        name: canonical and free of the layout: ``model.layers.0.moe.experts.w1`` for weights and buffers,
+            ``optim.exp_avg.layers.0.moe.experts.w1`` for optimizer slots.
+        global_shape: the shape in one process.
+        offsets: where this slice starts in each dim of ``global_shape``.
+        tensor: the local values, detached; writing into it changes the run's state. May be empty.
+        owner: whether this rank speaks for these elements.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    tensor: Tensor
+    owner: bool
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """A model that names the modules an engine gathers and frees as a whole."""
+
+    def shard_units(self) -> list[nn.Module]: ...
+
+
+class Engine(Protocol):
+    """Spreads one model over the ranks and steps it. Six methods; one file an engine.
+
+    The gradients that ``finish_backward`` leaves are sums over all target tokens of the step; the caller
+    has divided the loss by the global token count and nothing else divides.
+    """
+
+    model: nn.Module
+    """Set by ``prepare``; call it to run a forward pass."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Shard a model that stands on the meta device and allocate its storage (values undefined)."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add a micro-batch's gradients; ``last`` marks the final micro-batch of the step."""
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Global L2 norm (0-dim, fp32) over every parameter of the model; scales down if above max_norm."""
+
+    def step(self, lr: float) -> None:
+        """Optimizer step at this learning rate, then clear the gradients."""
+
+    def named_state(self) -> Iterator[StateSlice]:
+        """Weights, persistent buffers and optimizer slots of this rank, in the same order on every call."""
+
+    def named_gradients(self) -> Iterator[StateSlice]:
+        """Gradients of this rank's parameter slices, between ``backward`` and ``step``."""

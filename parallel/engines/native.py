@@ -1,0 +1,191 @@
+"""The native engine: FSDP2 for dense parameters, expert parallelism and FSDP2 for experts.
+
+    dense    fully_shard over (dp_replicate ·) dp_shard, a unit a block and one for the rest
+    experts  first cut to E / ep along dim 0, then fully_shard over (dp_replicate ·) expert_shard along dim 1;
+             where nothing is left of the world after ep they are plain tensors, reduced by nobody
+    1 rank   nothing is wrapped at all
+
+Every reduction is a sum. The optimizer works on the local slices (plain tensors sharing FSDP's storage), so a
+fused kernel serves all of them at once whatever mesh they are on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from parallel.engines.base import Shardable, StateSlice
+from parallel.gradients import clip_, global_norm
+from parallel.mesh import Meshes
+from parallel.placement import EXPERT, expert_modules, placements
+
+MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
+
+
+class NativeEngine:
+    """See :class:`parallel.engines.base.Engine`.
+
+    Args:
+        meshes: both views of the world; None for a single process without a process group.
+        device: where parameters live.
+        param_dtype: dtype that dense and expert parameters are gathered in; masters stay fp32.
+        make_optimizer: given (name, local parameter) pairs, an optimizer whose state exists already
+            (zeros), so that a checkpoint can be loaded into it.
+        reshard_after_forward: free gathered parameters between forward and backward.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+
+    def __init__(
+        self,
+        meshes: Meshes | None,
+        device: torch.device,
+        param_dtype: torch.dtype,
+        make_optimizer: MakeOptimizer,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        self.meshes = meshes
+        self.device = device
+        self.param_dtype = param_dtype
+        self.make_optimizer = make_optimizer
+        self.reshard_after_forward = reshard_after_forward
+        self.rank = torch.distributed.get_rank() if meshes is not None else 0
+        self._locals: dict[str, nn.Parameter] = {}
+
+    def prepare(self, model: nn.Module) -> None:
+        self.model = model
+        self._placements = placements(model)
+        if self.meshes is not None and self.meshes.dims.world_size > 1:
+            self._cut_experts(model, self.meshes)
+            self._fully_shard(model, self.meshes)
+        model.to_empty(device=self.device)
+        for name, parameter in model.named_parameters():
+            self._locals[name] = nn.Parameter(_local(parameter.detach()), requires_grad=True)
+        self.optimizer = self.make_optimizer([(n, p) for n, p in self._locals.items() if p.numel()])
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        gradients = [piece.tensor for piece in self.named_gradients()]
+        norm = global_norm(gradients, self.meshes.replica if self.meshes is not None else None)
+        if max_norm > 0:
+            clip_(gradients, norm, max_norm)
+        return norm
+
+    def step(self, lr: float) -> None:
+        for name, parameter in self.model.named_parameters():
+            self._locals[name].grad = None if parameter.grad is None else _local(parameter.grad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = self._locals[name].grad = None
+
+    def named_state(self) -> Iterator[StateSlice]:
+        for name, parameter in self.model.named_parameters():
+            yield self._slice(f"model.{name}", name, parameter, _local(parameter.detach()))
+        persistent = self.model.state_dict(keep_vars=True).keys()
+        for name, buffer in self.model.named_buffers():
+            if name in persistent:
+                yield _replicated(f"model.{name}", buffer, self.rank)
+        for name, parameter in self.model.named_parameters():
+            slots = self.optimizer.state.get(self._locals[name], {})
+            for slot in sorted(slots):
+                value = slots[slot]
+                if value.shape == self._locals[name].shape:
+                    yield self._slice(f"optim.{slot}.{name}", name, parameter, value)
+                else:
+                    yield _replicated(f"optim.{slot}.{name}", value, self.rank)
+
+    def named_gradients(self) -> Iterator[StateSlice]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                yield self._slice(name, name, parameter, _local(parameter.grad))
+
+    def _cut_experts(self, model: nn.Module, meshes: Meshes) -> None:
+        """Leave each rank its E / ep experts: rank r of the ep axis holds r·E/ep … (r+1)·E/ep - 1."""
+        for _, module in expert_modules(model):
+            for name, parameter in list(module.named_parameters()):
+                owner_name, _, leaf = name.rpartition(".")
+                local_shape = (parameter.shape[0] // meshes.dims.ep, *parameter.shape[1:])
+                local = torch.empty(local_shape, dtype=parameter.dtype, device="meta")
+                setattr(module.get_submodule(owner_name), leaf, nn.Parameter(local))
+
+    def _fully_shard(self, model: nn.Module, meshes: Meshes) -> None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        exact = MixedPrecisionPolicy(
+            param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        ignored: set[nn.Parameter] = set()
+        for _, experts in expert_modules(model):
+            if meshes.expert_fsdp is None:
+                ignored.update(experts.parameters())
+                continue
+            fully_shard(
+                experts,
+                mesh=meshes.expert_fsdp,
+                mp_policy=policy,
+                reshard_after_forward=self.reshard_after_forward,
+                shard_placement_fn=lambda _: Shard(EXPERT.shard_dims["expert_shard"]),
+            )
+        if self.param_dtype != torch.float32:
+            for module in model.modules():
+                if getattr(module, "keep_fp32", False):
+                    fully_shard(module, mesh=meshes.fsdp, mp_policy=exact)
+        for unit in _shard_units(model):
+            fully_shard(
+                unit,
+                mesh=meshes.fsdp,
+                mp_policy=policy,
+                reshard_after_forward=self.reshard_after_forward,
+                ignored_params=ignored,
+            )
+        fully_shard(model, mesh=meshes.fsdp, mp_policy=policy, ignored_params=ignored)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # FSDP2 averages by default; gloo knows no pre-multiplied sum, hence the second call.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def _slice(self, key: str, name: str, parameter: nn.Parameter, local: Tensor) -> StateSlice:
+        """A tensor laid out like ``parameter``: where this rank's part stands in the whole."""
+        shape, offsets = list(parameter.shape), [0] * parameter.dim()
+        owner = True
+        if isinstance(parameter, DTensor):
+            _, found = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            offsets = list(found)
+        if self.meshes is not None:
+            at = self.meshes.dims.sparse_coordinate(self.rank)
+            owner = at["dp_replicate"] == 0
+            if self._placements[name] is EXPERT:
+                offsets[0] += at["ep"] * shape[0]
+                shape[0] *= self.meshes.dims.ep
+        return StateSlice(key, tuple(shape), tuple(offsets), local, owner)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _replicated(name: str, tensor: Tensor, rank: int) -> StateSlice:
+    shape = tuple(tensor.shape)
+    return StateSlice(name, shape, (0,) * len(shape), tensor.detach(), owner=rank == 0)
+
+
+def _shard_units(model: nn.Module) -> list[nn.Module]:
+    """What the model names as its units, else the children of its ModuleLists."""
+    if isinstance(model, Shardable):
+        return model.shard_units()
+    return [child for m in model.modules() if isinstance(m, nn.ModuleList) for child in m]

@@ -1,0 +1,23 @@
+"""The one error type a user ever sees for a value they chose."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A value the user gave that cannot work, said in four parts.
+
+    Commands print it as one message without a traceback and exit with code 2.
+
+    Args:
+        field: dotted path of the config field (``parallel.ep``) or the input's name.
+        value: what was given.
+        relation: the rule that failed, with the numbers in it.
+        fix: what to do: the nearest valid value where there is one.
+    """
+
+    def __init__(self, field: str, value: object, relation: str, fix: str) -> None:
+        self.field, self.value, self.relation, self.fix = field, value, relation, fix
+        super().__init__(field, value, relation, fix)
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value}: {self.relation}. Fix: {self.fix}."

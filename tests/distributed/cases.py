@@ -1,0 +1,96 @@
+"""Functions that run on the pool's ranks, and the small configs they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from parallel.mesh import build_meshes
+from tests.distributed import oracle
+from trainer.build import build_dispatcher, build_engine, build_model
+from trainer.config import Machine, RunConfig, parallel_dims, resolve, validate
+from trainer.models.init import initialise
+from trainer.step import Stepper
+
+SMALL = [
+    "device=cpu",
+    "model.dim=32",
+    "model.num_layers=2",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "model.ffn_dim=48",
+    "data.tokenizer.vocab_size=264",
+    "train.global_batch=8",
+    "train.seq_len=24",
+    "train.steps=10",
+    "train.num_threads=1",
+    "optim.warmup_steps=2",
+    "optim.max_grad_norm=0.5",
+    "layout.balance.coefficient=0.05",
+    "layout.balance.router_z=0.01",
+]
+
+
+def small_config(*overrides: str) -> RunConfig:
+    """A complete config of a few thousand parameters."""
+    from trainer.compose import compose
+
+    config = resolve(compose([*SMALL, *overrides]), Machine(num_cpus=2))
+    validate(config)
+    return config
+
+
+def train(rank: int, world: int, config: RunConfig, steps: int) -> dict[str, Any]:
+    """Train through the product's engine and stepper on this rank's rows of the oracle's batches."""
+    dims = parallel_dims(config)
+    meshes = build_meshes(dims, "cpu")
+    engine = build_engine(config, meshes, torch.device("cpu"))
+    engine.prepare(build_model(config, build_dispatcher(meshes)))
+    initialise(engine.model, engine.named_state(), config.train.seed)
+    stepper = Stepper(engine, config, torch.device("cpu"), wants_stop=lambda: False)
+    gradients: list[Any] = []
+    clip = engine.clip_gradients
+
+    def spy(max_norm: float) -> torch.Tensor:
+        if not gradients:
+            gradients.extend(_cut(piece) for piece in engine.named_gradients())
+        return clip(max_norm)
+
+    engine.clip_gradients = spy  # type: ignore[method-assign]
+    trace: dict[str, Any] = {"losses": [], "norms": [], "counts": []}
+    share, micro = config.train.global_batch // dims.dp, config.train.micro_batch
+    first = dims.dp_rank(rank) * share
+    for step in range(steps):
+        batch = oracle.batch_of_step(config, step)
+        batches = [oracle.rows(batch, i, i + micro) for i in range(first, first + share, micro)]
+        result = stepper.train_step(step, batches)
+        trace["losses"].append(result.totals.mean(result.totals.cross_entropy))
+        trace["norms"].append(float(result.grad_norm))
+        trace["counts"].append(result.totals.counts_LE.tolist())
+    trace["gradients"] = gradients
+    trace["weights"] = [_cut(piece) for piece in engine.named_state() if piece.name.startswith("model.")]
+    return trace
+
+
+def _cut(piece: Any) -> tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]:
+    name = piece.name.removeprefix("model.")
+    return name, piece.global_shape, piece.offsets, piece.tensor.clone(), piece.owner
+
+
+def assemble(per_rank: list[list[Any]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from all ranks' owned slices; asserts that every element is owned exactly once."""
+    whole: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
+    for slices in per_rank:
+        for name, shape, offsets, tensor, owner in slices:
+            if not owner:
+                continue
+            target = whole.setdefault(name, torch.zeros(shape, dtype=tensor.dtype))
+            mask = seen.setdefault(name, torch.zeros(shape, dtype=torch.int64))
+            window = tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=True))
+            target[window] = tensor
+            mask[window] += 1
+    for name, mask in seen.items():
+        assert bool((mask == 1).all()), f"{name}: some elements are owned by no rank or by several"
+    return whole

@@ -1,0 +1,167 @@
+"""The decoder-only transformer: embedding, blocks of attention and feed-forward (dense or MoE), head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.dispatch.base import Dispatcher
+from parallel.recompute import recomputed
+from trainer.config import Dtype, ModelConfig, RunConfig
+from trainer.data.batch import IGNORED
+from trainer.models.attention import build_attention, document_mask, rotary_dim
+from trainer.models.layers import FeedForward, Linear, RMSNorm, rotary_table
+from trainer.moe.balance import MoeStats, update_bias_
+from trainer.moe.layer import MoeLayer
+from trainer.moe.router import Router
+
+
+class Losses(NamedTuple):
+    """Sums of one micro-batch; the trainer divides by the step's global number of target tokens.
+
+    Attributes:
+        cross_entropy: Σ −log p(target), nats, fp32, with gradient.
+        moe: one entry a MoE layer, in order.
+    """
+
+    cross_entropy: Tensor
+    moe: tuple[MoeStats, ...]
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then a dense or MoE feed-forward layer.
+
+    With ``recompute`` only the block's input is kept and the rest computed again in backward, except the
+    router's choice and what the all-to-all brought: those are recorded, so a token is never routed anew.
+    """
+
+    def __init__(self, model: ModelConfig, feed_forward: nn.Module, recompute: bool) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.attention_norm = RMSNorm(model.dim, model.norm_eps)
+        self.attention = build_attention(model)
+        self.ffn_norm = RMSNorm(model.dim, model.norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, targets_BS: Tensor
+    ) -> tuple[Tensor, MoeStats | None]:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self._forward, x, table, mask, targets_BS)
+        return self._forward(x, table, mask, targets_BS)
+
+    def _forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, targets_BS: Tensor
+    ) -> tuple[Tensor, MoeStats | None]:
+        x = x + self.attention(self.attention_norm(x), table, mask)
+        normed = self.ffn_norm(x)
+        if isinstance(self.feed_forward, FeedForward):
+            return x + self.feed_forward(normed), None
+        y, stats = self.feed_forward(normed, targets_BS)
+        return x + y, stats
+
+
+class Transformer(nn.Module):
+    """A language model; build it under ``torch.device("meta")`` and let an engine give it storage.
+
+    Args:
+        config: a resolved run config (``model``, ``layout``, ``train.dtype``).
+        dispatcher: takes tokens to experts; ``LocalDispatcher`` for one process.
+        make_feed_forward: ``(config, layer index, dispatcher) -> module`` for a layout of your own.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dispatcher: Dispatcher,
+        make_feed_forward: Callable[[RunConfig, int, Dispatcher], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        model = config.model
+        self.config = model
+        self.bias_update_rate = config.layout.balance.bias_update_rate
+        self.dtype = torch.bfloat16 if config.train.dtype is Dtype.bf16 else torch.float32
+        make = make_feed_forward or default_feed_forward
+        self.embedding = nn.Embedding(model.vocab_size, model.dim)
+        self.layers = nn.ModuleList(
+            Block(model, make(config, i, dispatcher), config.train.activation_checkpointing)
+            for i in range(model.num_layers)
+        )
+        self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.head = None if model.tied_embeddings else Linear(model.dim, model.vocab_size)
+
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_ids_BS: Tensor | None = None
+    ) -> Losses | Tensor:
+        """Losses against targets, or without targets the logits.
+
+        Args:
+            tokens_BS: int64.
+            targets_BS: int64, ``IGNORED`` where nothing is predicted.
+            document_ids_BS: if given, no position attends beyond its own document.
+
+        Returns:
+            ``Losses``, or logits ``[B, S, vocab_size]`` in fp32.
+        """
+        x = F.embedding(tokens_BS, self.embedding.weight).to(self.dtype)
+        mask = None if document_ids_BS is None else document_mask(document_ids_BS)
+        table = rotary_table(tokens_BS.shape[1], rotary_dim(self.config), self.config.rope_theta, x.device)
+        counted = torch.ones_like(tokens_BS) if targets_BS is None else targets_BS != IGNORED
+        moe = []
+        for block in self.layers:
+            x, stats = block(x, table, mask, counted.float())
+            if stats is not None:
+                moe.append(stats)
+        x = self.norm(x)
+        head = self.embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(x, head.to(x.dtype)).float()
+        if targets_BS is None:
+            return logits
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return Losses(loss, tuple(moe))
+
+    def shard_units(self) -> list[nn.Module]:
+        """Modules an engine gathers and frees as a whole."""
+        return list(self.layers)
+
+    @torch.no_grad()
+    def after_step(self, counts_LE: Tensor) -> None:
+        """Move the routers' biases, where they have one, by the step's loads.
+
+        Args:
+            counts_LE: routed pairs of each expert of each MoE layer over all ranks, int64.
+        """
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        for router, counts_E in zip(routers, counts_LE, strict=True):
+            if router.bias_E is not None:
+                update_bias_(router.bias_E, counts_E, self.bias_update_rate)
+
+    def init_std(self, name: str) -> float | None:
+        """Standard deviation of a parameter's initial normal distribution; None: ones (norms).
+
+        Layers that write into the residual stream start smaller by ``1 / sqrt(2 · num_layers)`` (GPT-2).
+        """
+        if "norm" in name.rsplit(".", 2)[-2]:
+            return None
+        residual = name.endswith(("wo.weight", "w2.weight", "experts.w2"))
+        return self.config.init_std * ((2 * self.config.num_layers) ** -0.5 if residual else 1.0)
+
+
+def is_moe_layer(config: RunConfig, index: int) -> bool:
+    """Whether layer ``index`` has experts: after the first dense ones, the last of every ``moe_every``."""
+    layout = config.layout
+    after = index - layout.first_dense_layers
+    return layout.num_experts > 0 and after >= 0 and after % layout.moe_every == layout.moe_every - 1
+
+
+def default_feed_forward(config: RunConfig, index: int, dispatcher: Dispatcher) -> nn.Module:
+    """Dense or MoE, as the layout says."""
+    if is_moe_layer(config, index):
+        return MoeLayer(config, dispatcher)
+    return FeedForward(config.model.dim, config.model.ffn_dim, config.model.activation)

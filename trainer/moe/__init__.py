@@ -1,0 +1,1 @@
+"""The Mixture-of-Experts layer: router → dispatch → experts → combine (+ shared experts)."""

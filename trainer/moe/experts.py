@@ -1,0 +1,58 @@
+"""Stacked feed-forward experts, each applied to its own run of rows.
+
+Shape suffixes: N rows, E experts that live here, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import Activation
+from trainer.models.layers import activate
+
+
+def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows ``ends[e-1] … ends[e]-1`` of x times ``weight[e]``: ``[N, D] → [N, F]``.
+
+    Through ``torch.nn.functional.grouped_mm`` where it serves (row strides of 16 bytes, at most 32-bit
+    floats), else a loop over the unbound experts.
+
+    Args:
+        ends_E: int32, ascending; the last one is N (rows past it would be undefined).
+    """
+    aligned = all(size * x_ND.element_size() % 16 == 0 for size in weight_EDF.shape[1:])
+    if aligned and x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
+        if y_NF.requires_grad:
+            # Its backward reads strides that an expanded gradient (of .sum(), say) does not have.
+            y_NF.register_hook(torch.Tensor.contiguous)
+        return y_NF
+    sizes = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
+    return torch.cat([x @ w for x, w in zip(x_ND.split(sizes), weight_EDF.unbind(), strict=True)])
+
+
+class Experts(nn.Module):
+    """``num_experts`` feed-forward layers of one shape: ``w2(silu(w1 x) · w3 x)``, or without the gate.
+
+    The number of experts is read from the weights, since expert parallelism leaves a rank its share.
+    """
+
+    def __init__(self, num_experts: int, dim: int, ffn_dim: int, activation: Activation) -> None:
+        super().__init__()
+        self.num_stacked_experts = num_experts
+        self.activation = activation
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, ffn_dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, ffn_dim, dim))
+        self.w3 = (
+            nn.Parameter(torch.empty(num_experts, dim, ffn_dim)) if activation is Activation.swiglu else None
+        )
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert, ``counts_E`` (int64) of each, to outputs in the same order."""
+        assert counts_E.shape[0] == self.w1.shape[0], "one count an expert"
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        gate = grouped_linear(rows_ND, self.w1.to(rows_ND.dtype), ends_E)
+        up = None if self.w3 is None else grouped_linear(rows_ND, self.w3.to(rows_ND.dtype), ends_E)
+        return grouped_linear(activate(gate, up, self.activation), self.w2.to(rows_ND.dtype), ends_E)

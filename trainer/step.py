@@ -1,0 +1,173 @@
+"""One optimizer step: micro-batches in, sums over all ranks out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.engines.base import Engine
+from trainer.config import RunConfig
+from trainer.data.batch import Batch
+from trainer.models.transformer import Losses
+from trainer.optim import learning_rate
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums of one step (or evaluation) over all ranks and micro-batches.
+
+    Attributes:
+        num_targets: target tokens; what every mean below is divided by, once.
+        cross_entropy: nats, fp64.
+        balance_L, router_z_L, entropy_L: as :class:`trainer.moe.balance.MoeStats`, a value a MoE layer.
+        dropped_L, sent_L: int64.
+        counts_LE: routed pairs of each expert, int64.
+    """
+
+    num_targets: int
+    cross_entropy: Tensor
+    balance_L: Tensor
+    router_z_L: Tensor
+    entropy_L: Tensor
+    dropped_L: Tensor
+    sent_L: Tensor
+    counts_LE: Tensor
+
+    def mean(self, total: Tensor) -> float:
+        """A sum over tokens as a mean a target token (a host sync)."""
+        return float(total.sum()) / max(1, self.num_targets)
+
+
+class Sums:
+    """Adds up micro-batches in fp64 on the device; one all-reduce a step."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._num_layers = 0
+
+    def add(self, losses: Losses) -> None:
+        """Count one micro-batch of this rank."""
+        self._num_layers = len(losses.moe)
+        parts = [losses.cross_entropy.detach().double().reshape(1)]
+        for stats in losses.moe:
+            scalars = (stats.balance, stats.router_z, stats.entropy, stats.dropped, stats.sent)
+            parts.append(torch.stack([s.detach().double() for s in scalars]))
+            parts.append(stats.counts_E.double())  # exact up to 2^53 pairs
+        packed = torch.cat(parts)
+        self._total = packed if self._total is None else self._total + packed
+
+    def reduce(self, num_targets: int) -> Totals:
+        """Sum over all ranks. Collective."""
+        assert self._total is not None, "a step has at least one micro-batch"
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._total)
+        flat = self._total[1:]
+        layers = flat.view(self._num_layers, -1) if self._num_layers else flat.view(0, 5)
+        balance, router_z, entropy, dropped, sent = layers[:, :5].unbind(1)
+        return Totals(
+            num_targets=num_targets,
+            cross_entropy=self._total[0],
+            balance_L=balance,
+            router_z_L=router_z,
+            entropy_L=entropy,
+            dropped_L=dropped.long(),
+            sent_L=sent.long(),
+            counts_LE=layers[:, 5:].long(),
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind. ``stop`` is what the ranks agreed on before it began."""
+
+    totals: Totals
+    grad_norm: Tensor
+    lr: float
+    stop: bool
+
+
+class Stepper:
+    """Runs optimizer steps of one engine.
+
+    Args:
+        engine: prepared.
+        config: resolved.
+        device: of the model.
+        wants_stop: whether this rank was asked to stop; the ranks agree before each step, in the same
+            all-reduce that counts the targets.
+    """
+
+    def __init__(
+        self, engine: Engine, config: RunConfig, device: torch.device, wants_stop: Callable[[], bool]
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.device = device
+        self.wants_stop = wants_stop
+
+    def train_step(self, step: int, batches: list[Batch]) -> StepResult:
+        """Forward, backward, clip and update on this rank's micro-batches of step ``step`` (0-based).
+
+        Gradients are sums over tokens divided once, by the step's target tokens on all ranks, known before
+        the first backward. Collective.
+        """
+        config = self.config
+        num_targets, stop = self._agree(batches)
+        sums = Sums()
+        for index, batch in enumerate(batches):
+            losses = self.forward(batch)
+            loss = self.objective(losses) / num_targets
+            self.engine.backward(loss, last=index == len(batches) - 1)
+            sums.add(losses)
+        grad_norm = self.engine.clip_gradients(config.optim.max_grad_norm)
+        lr = learning_rate(config.optim, step, config.train.steps)
+        self.engine.step(lr)
+        totals = sums.reduce(num_targets)
+        after_step = getattr(self.engine.model, "after_step", None)
+        if after_step is not None:
+            after_step(totals.counts_LE)
+        return StepResult(totals, grad_norm, lr, stop)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> Totals:
+        """Sums over held-out batches; every rank brings the same number of them. Collective."""
+        sums = Sums()
+        self.engine.model.eval()
+        for batch in batches:
+            sums.add(self.forward(batch))
+        self.engine.model.train()
+        num_targets, _ = self._agree(batches)
+        return sums.reduce(num_targets)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Losses of one micro-batch of this rank."""
+        batch = batch.to(self.device)
+        documents = batch.document_ids if self.config.data.respect_documents else None
+        return self.engine.model(batch.tokens, batch.targets, documents)
+
+    def objective(self, losses: Losses) -> Tensor:
+        """Cross-entropy plus weighted auxiliary losses, as a sum over target tokens."""
+        weights = self.config.layout.balance
+        total = losses.cross_entropy
+        for stats in losses.moe:
+            if weights.coefficient:
+                total = total + weights.coefficient * stats.balance
+            if weights.router_z:
+                total = total + weights.router_z * stats.router_z
+        return total
+
+    def _agree(self, batches: list[Batch]) -> tuple[int, bool]:
+        """Target tokens over all ranks, and whether any rank was asked to stop.
+
+        On CPU tensors, so that no device waits for it (batches arrive on the CPU).
+        """
+        mine = torch.stack([batch.num_targets for batch in batches]).sum()
+        agreed = torch.tensor([int(mine), int(self.wants_stop())])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(agreed)
+        num_targets, stops = agreed.tolist()
+        return max(1, num_targets), stops > 0
