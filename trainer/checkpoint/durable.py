@@ -1,0 +1,269 @@
+"""The durable tier: sharded checkpoints on a file system, written behind training.
+
+    training thread    save: copy owned slices to host memory ─┐ returns
+    writer thread                                              └ write shard → commit → best → retention
+
+At most one save is in flight; the next one waits for it and raises what went wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from parallel.engines.base import StateSlice
+from parallel.errors import ConfigError
+from trainer.checkpoint.commit import (
+    Attempt,
+    abandon,
+    assemble,
+    await_commit,
+    collect,
+    publish,
+    raise_if_failed,
+    remove_stale,
+    write_part,
+)
+from trainer.checkpoint.files import (
+    StorageError,
+    check_room,
+    check_writable,
+    remove_tree,
+    storage_error,
+)
+from trainer.checkpoint.format import MANIFEST, step_name
+from trainer.checkpoint.retention import check_stored, hide, link_best, surplus
+from trainer.checkpoint.staging import HostBuffers, Staged, stage
+
+__all__ = [
+    "DurableCheckpointer",
+    "SaveResult",
+    "StorageError",
+    "check_room",
+    "check_writable",
+    "remove_stale",
+]
+
+_ATTEMPT = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """A committed save.
+
+    Attributes:
+        step: the step.
+        path: its directory.
+        bytes: of the whole checkpoint on rank 0, of the own shard on the others.
+        seconds_stalled: that training waited in ``save``, for the save before and the copy.
+        seconds_written: from then to the commit, in the background.
+    """
+
+    step: int
+    path: Path
+    bytes: int
+    seconds_stalled: float
+    seconds_written: float
+
+
+class DurableCheckpointer:
+    """Saves the run's state under ``directory`` (``<run>/checkpoints``). One on every rank.
+
+    Every rank calls ``save`` for the same steps in the same order; no collective is issued.
+
+    Args:
+        directory: the same path, on the same file system, for every rank.
+        rank, world_size: of this process.
+        attempt: names the launch generation; the same on every rank, and never used before in this
+            directory: parts that a dead generation left must not pass for this one's. Letters, digits,
+            ``-`` and ``_``.
+        keep_last: newest checkpoints that stay (at least 1).
+        keep_every: steps at multiples of it stay for good; 0: none do for that reason.
+        timeout_seconds: how long rank 0 waits for the other ranks' shards after its own is written; they
+            wait twice as long for rank 0.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        world_size: int,
+        attempt: str,
+        keep_last: int,
+        keep_every: int,
+        timeout_seconds: float,
+    ) -> None:
+        assert _ATTEMPT.fullmatch(attempt), f"attempt {attempt!r} must be letters, digits, - and _"
+        assert keep_last >= 1
+        self.directory = directory
+        self.rank, self.world_size = rank, world_size
+        self.attempt = attempt
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.timeout_seconds = timeout_seconds
+        self._buffers = HostBuffers()
+        self._num_saves = 0
+        self._writer: threading.Thread | None = None
+        self._in_flight: int | None = None
+        self._error: Exception | None = None
+        self._finished: list[SaveResult] = []
+        self._best_pending: int | None = None
+        # Guards the four fields above it and every change of which steps exist and which is best.
+        self._lock = threading.Lock()
+
+    def save(
+        self,
+        step: int,
+        slices: Iterable[StateSlice],
+        trainer_state: dict[str, Any],
+        rank_tensors: dict[str, Tensor],
+        info: dict[str, Any],
+    ) -> None:
+        """Begin to save a step; returns as soon as the state may change again.
+
+        Args:
+            step: optimizer steps done.
+            slices: weights, buffers and optimizer slots of this rank; those with ``owner`` are written.
+            trainer_state: JSON values; rank 0's are stored.
+            rank_tensors: this rank's own tensors (RNG state), on any device.
+            info: JSON values for people to read (layout, versions); rank 0's are stored.
+
+        Raises:
+            StorageError: the save before this one failed; this one was not begun.
+        """
+        began = time.perf_counter()
+        self.wait()
+        self._num_saves += 1
+        attempt = Attempt(self.directory, step, f"{self.attempt}-{self._num_saves}")
+        # Through JSON text: later changes of the caller's dicts must not reach the manifest.
+        texts = json.loads(json.dumps([trainer_state, info]))
+        staged = stage(self.rank, slices, rank_tensors, self._buffers)
+        self._in_flight = step
+        self._writer = threading.Thread(
+            target=self._write,
+            args=(attempt, staged, texts[0], texts[1], time.perf_counter() - began),
+            name=f"checkpoint-{step}",
+            daemon=True,  # a crash elsewhere must not wait for it; the unfinished directory is hidden
+        )
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Wait until no save is in flight.
+
+        Raises:
+            StorageError: it failed, on this rank or on one that it depends on; raised once.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        """Do not wait, but raise what went wrong with a save that has ended.
+
+        Raises:
+            StorageError: it failed; raised once.
+        """
+        with self._lock:
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def poll(self) -> list[SaveResult]:
+        """Saves committed since the last call, oldest first."""
+        with self._lock:
+            finished, self._finished = self._finished, []
+        return finished
+
+    def committed(self, step: int) -> bool:
+        """Whether the step has been committed (its checksums are verified on load)."""
+        return (self.directory / step_name(step) / MANIFEST).is_file()
+
+    def mark_best(self, step: int) -> None:
+        """Make ``best`` a link to the step: now, or once it is committed if its save is in flight.
+
+        The step that ``best`` names is never removed. Does nothing on ranks other than 0.
+
+        Raises:
+            ConfigError: the step is neither committed nor in flight.
+            StorageError: the link cannot be written.
+        """
+        if self.rank != 0:
+            return
+        with self._lock:
+            if self._in_flight == step:
+                self._best_pending = step
+            elif self.committed(step):
+                self._link_best(step)
+            else:
+                raise ConfigError(
+                    "checkpoint", step_name(step), "only a saved step can be the best", "save the step first"
+                )
+
+    def _link_best(self, step: int) -> None:
+        try:
+            link_best(self.directory, step, self.attempt)
+        except OSError as error:
+            raise storage_error(error, self.directory, 0) from error
+
+    def _write(
+        self, attempt: Attempt, staged: Staged, trainer: dict[str, Any], info: dict[str, Any], stalled: float
+    ) -> None:
+        """The writer thread: all of a save after the copy. Errors are kept for :meth:`wait`."""
+        began = time.perf_counter()
+        try:
+            try:
+                size = self._commit(attempt, staged, trainer, info)
+            except Exception as error:
+                abandon(attempt, self.rank, self.world_size, error)
+                raise
+            seconds = time.perf_counter() - began
+            with self._lock:
+                self._finished.append(SaveResult(attempt.step, attempt.final, size, stalled, seconds))
+            if self.rank == 0:
+                self._settle(attempt)
+        except Exception as error:
+            with self._lock:
+                self._error = error
+        finally:
+            with self._lock:
+                self._in_flight = self._best_pending = None
+
+    def _commit(self, attempt: Attempt, staged: Staged, trainer: dict[str, Any], info: dict[str, Any]) -> int:
+        try:
+            size = write_part(attempt, self.rank, staged)
+            if self.rank != 0:
+                await_commit(attempt, 2 * self.timeout_seconds)
+                return size
+            parts = collect(attempt, self.world_size, self.timeout_seconds)
+            manifest = assemble(attempt, parts, trainer, info)
+            publish(attempt, manifest)
+        except OSError as error:
+            raise_if_failed(attempt)  # rank 0 removes the directory under a late writer's feet
+            raise storage_error(error, attempt.directory, staged.bytes) from error
+        return sum(entry.bytes for entry in manifest.files.values())
+
+    def _settle(self, attempt: Attempt) -> None:
+        """After a commit: the best link, then removal of what is no longer needed, if this one is sound."""
+        with self._lock:
+            if self._best_pending == attempt.step:
+                self._link_best(attempt.step)
+            self._in_flight = self._best_pending = None
+        rules = (self.directory, attempt.step, self.keep_last, self.keep_every)
+        if not surplus(*rules):
+            return
+        check_stored(attempt.final)
+        try:
+            with self._lock:  # asked again: ``best`` may have moved meanwhile
+                hidden = [hide(path) for path in surplus(*rules)]
+        except OSError as error:
+            raise storage_error(error, self.directory, 0) from error
+        for path in hidden:
+            remove_tree(path)

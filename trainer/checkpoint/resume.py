@@ -1,0 +1,268 @@
+"""Finding the newest checkpoint that can be trusted, and loading it into any layout."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from parallel.engines.base import StateSlice
+from parallel.errors import ConfigError
+from trainer.checkpoint.boxes import Box, intersect
+from trainer.checkpoint.format import (
+    MANIFEST,
+    InvalidCheckpoint,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+    step_directories,
+)
+from trainer.checkpoint.shards import DTYPE_NAMES, file_fault
+
+OnSkip = Callable[[Path, str], None]
+"""Told the bad file of a checkpoint that is passed over, and what is wrong with it."""
+
+
+def warn_skipped(path: Path, reason: str) -> None:
+    """The default for ``on_skip``: a warning in the log."""
+    logging.getLogger(__name__).warning("skipping a checkpoint: %s %s", path, reason)
+
+
+class Checkpoint:
+    """A committed checkpoint whose manifest is sound. Shards are verified before they are first read.
+
+    Attributes:
+        path: its directory.
+        step: optimizer steps done.
+        trainer: the trainer's state as it was saved.
+        weights_digest: 32 hex digits.
+        info: what was recorded for people: layout, versions.
+        world_size: ranks that wrote it.
+        tensors: every tensor by name: dtype, global shape, chunks.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.step = manifest.step
+        self.trainer: dict[str, Any] = manifest.trainer
+        self.weights_digest = manifest.weights_digest
+        self.info: dict[str, Any] = manifest.info
+        self.world_size = manifest.world_size
+        self.tensors: dict[str, TensorEntry] = manifest.tensors
+        self._manifest = manifest
+        self._verified: set[str] = set()
+
+    def verify(self) -> None:
+        """Read every shard against its checksum.
+
+        Raises:
+            InvalidCheckpoint: the first file that is not what was written.
+        """
+        for name in self._manifest.files:
+            self._verify(name)
+
+    def _verify(self, name: str) -> None:
+        if name in self._verified:
+            return
+        entry = self._manifest.files[name]
+        if fault := file_fault(self.path / name, entry.bytes, entry.checksum):
+            raise InvalidCheckpoint(self.path / name, fault)
+        self._verified.add(name)
+
+    def load_into(self, slices: Iterable[StateSlice], prefix: str = "") -> None:
+        """Fill this rank's slices, owned or not, whatever layout wrote the checkpoint.
+
+        Reads only the regions that overlap the slices, after a checksum of each file they are in.
+
+        Args:
+            slices: they name every tensor of the checkpoint whose name starts with ``prefix``, and no other.
+            prefix: ``"model."`` loads weights without the optimizer.
+
+        Raises:
+            ConfigError: a tensor is missing in the checkpoint or in the slices, or has another shape or
+                dtype; or a file has changed since the checkpoint was chosen. Nothing was loaded then.
+        """
+        wanted = list(slices)
+        self._check_names({part.name for part in wanted}, prefix)
+        reads: dict[str, list[tuple[StateSlice, str, Box, Box]]] = defaultdict(list)
+        for part in wanted:
+            entry = self.tensors[part.name]
+            self._check_kind(part, entry)
+            if part.tensor.numel() == 0:
+                continue
+            for chunk in entry.chunks:
+                if overlap := intersect((part.offsets, tuple(part.tensor.shape)), chunk.box):
+                    reads[chunk.file].append((part, chunk.key, chunk.box, overlap))
+        try:
+            for file in reads:
+                self._verify(file)
+            for file, items in reads.items():
+                self._load_file(file, items)
+        except InvalidCheckpoint as error:
+            raise self._unreadable(error) from error
+
+    def _load_file(self, file: str, items: list[tuple[StateSlice, str, Box, Box]]) -> None:
+        try:
+            with torch.no_grad(), safe_open(self.path / file, framework="pt", device="cpu") as stored:
+                for part, key, (chunk_offsets, chunk_shape), (start, shape) in items:
+                    view = stored.get_slice(key)
+                    self._check_stored(file, key, view, DTYPE_NAMES[part.tensor.dtype], chunk_shape)
+                    if shape == chunk_shape:
+                        values = stored.get_tensor(key)
+                    else:
+                        values = view[_region(start, shape, chunk_offsets)]
+                    part.tensor[_region(start, shape, part.offsets)].copy_(values)
+        except SafetensorError as error:
+            raise InvalidCheckpoint(self.path / file, f"is not as its manifest says: {error}") from error
+
+    def _check_stored(self, file: str, key: str, view: Any, dtype: str, shape: tuple[int, ...]) -> None:
+        if view.get_dtype() != dtype or tuple(view.get_shape()) != shape:
+            found = f"{view.get_dtype()}{view.get_shape()}"
+            raise InvalidCheckpoint(
+                self.path / file, f"holds {key} as {found}; its manifest says {dtype}{list(shape)}"
+            )
+
+    def rank_tensors(self, rank: int) -> dict[str, Tensor]:
+        """The own tensors (RNG state) of a rank, on the CPU; none if the world that saved had no such rank.
+
+        Raises:
+            ConfigError: the file has changed since the checkpoint was chosen.
+        """
+        found: dict[str, Tensor] = {}
+        try:
+            for name, blob in self._manifest.rank_tensors.get(str(rank), {}).items():
+                self._verify(blob.file)
+                try:
+                    with safe_open(self.path / blob.file, framework="pt", device="cpu") as stored:
+                        view = stored.get_slice(blob.key)
+                        self._check_stored(blob.file, blob.key, view, blob.dtype, blob.shape)
+                        found[name] = stored.get_tensor(blob.key)
+                except SafetensorError as error:
+                    raise InvalidCheckpoint(self.path / blob.file, f"cannot be read: {error}") from error
+        except InvalidCheckpoint as error:
+            raise self._unreadable(error) from error
+        return found
+
+    def _check_names(self, wanted: set[str], prefix: str) -> None:
+        held = {name for name in self.tensors if name.startswith(prefix)}
+        for name in sorted(wanted - held)[:1]:
+            raise self._mismatch(f"it holds no tensor {name}, which this run needs")
+        for name in sorted(held - wanted)[:1]:
+            raise self._mismatch(f"it holds a tensor {name}, which this run does not have")
+
+    def _check_kind(self, part: StateSlice, entry: TensorEntry) -> None:
+        if tuple(part.global_shape) != entry.global_shape:
+            raise self._mismatch(
+                f"tensor {part.name} has shape {list(entry.global_shape)} there "
+                f"and {list(part.global_shape)} in this run"
+            )
+        if DTYPE_NAMES[part.tensor.dtype] != entry.dtype:
+            here = DTYPE_NAMES[part.tensor.dtype]
+            raise self._mismatch(f"tensor {part.name} is {entry.dtype} there and {here} in this run")
+
+    def _mismatch(self, relation: str) -> ConfigError:
+        return ConfigError(
+            "checkpoint",
+            self.path,
+            relation,
+            "use the model, layout and optim settings that it was saved with",
+        )
+
+    def _unreadable(self, error: InvalidCheckpoint) -> ConfigError:
+        return ConfigError(
+            "checkpoint", error.path, error.reason, "resume again to use the newest checkpoint that is whole"
+        )
+
+
+def _region(start: tuple[int, ...], shape: tuple[int, ...], origin: tuple[int, ...]) -> Any:
+    """An index that selects the box from a tensor that starts at ``origin``."""
+    if not shape:
+        return ...
+    return tuple(slice(s - o, s - o + n) for s, n, o in zip(start, shape, origin, strict=True))
+
+
+def newest_valid(directory: Path, on_skip: OnSkip = warn_skipped) -> Checkpoint | None:
+    """The newest checkpoint under ``directory`` of which every byte agrees with its checksums.
+
+    Invalid ones are passed over and left where they are. Reads all of the one that it returns, so one rank
+    asks and tells the others the step; they use ``open_checkpoint(path, verify=False)``.
+
+    Args:
+        directory: ``<run>/checkpoints``; need not exist.
+        on_skip: told the first bad file of each checkpoint that is passed over, and why.
+
+    Returns:
+        None if there are no checkpoints.
+
+    Raises:
+        ConfigError: there are checkpoints and none is valid.
+    """
+    found = step_directories(directory)
+    faults = []
+    for step, path in found:
+        try:
+            checkpoint = Checkpoint(path, read_manifest(path))
+            if checkpoint.step != step:
+                raise InvalidCheckpoint(path / MANIFEST, f"is that of step {checkpoint.step}")
+            checkpoint.verify()
+        except InvalidCheckpoint as error:
+            on_skip(error.path, error.reason)
+            faults.append(f"{error.path.relative_to(directory)} {error.reason}")
+        else:
+            return checkpoint
+    if faults:
+        raise ConfigError(
+            "checkpoints",
+            directory,
+            f"none of the {len(faults)} checkpoints there is valid ({'; '.join(faults)})",
+            "restore one from a backup, or start a new run; nothing was deleted",
+        )
+    return None
+
+
+def open_checkpoint(path: Path, verify: bool = True, on_skip: OnSkip = warn_skipped) -> Checkpoint:
+    """Open the checkpoint that a user names.
+
+    Args:
+        path: a checkpoint (``…/step-00000100``, ``…/best``), or a run directory or its ``checkpoints``
+            for the newest valid one in it.
+        verify: read all shards against their checksums now, not just those that are loaded, when they are.
+        on_skip: as for :func:`newest_valid`.
+
+    Raises:
+        ConfigError: there is none, or it is not valid.
+    """
+    if not path.is_dir():
+        raise ConfigError(
+            "checkpoint", path, "there is no such directory", "give a run or checkpoint directory"
+        )
+    if not (path / MANIFEST).exists():
+        for directory in (path / "checkpoints", path):
+            if step_directories(directory):
+                newest = newest_valid(directory, on_skip)
+                assert newest is not None
+                return newest
+        raise ConfigError(
+            "checkpoint",
+            path,
+            f"holds no {MANIFEST} and no committed checkpoints",
+            "give a run directory that has saved, or one of its checkpoints",
+        )
+    try:
+        checkpoint = Checkpoint(path, read_manifest(path))
+        if verify:
+            checkpoint.verify()
+    except InvalidCheckpoint as error:
+        raise ConfigError(
+            "checkpoint",
+            error.path,
+            error.reason,
+            f"give another checkpoint, or {path.parent} for the newest valid",
+        ) from error
+    return checkpoint
