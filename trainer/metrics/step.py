@@ -1,0 +1,69 @@
+"""From a step's sums to the metrics that the schema names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from trainer.config import Dtype, RunConfig
+from trainer.metrics.schema import load_name
+from trainer.models.cost import Cost
+from trainer.models.transformer import is_moe_layer
+from trainer.step import StepResult
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run's speed is measured against.
+
+    Attributes:
+        cost: of the model.
+        peak_flops: of all devices together.
+    """
+
+    cost: Cost
+    peak_flops: float
+
+
+def step_metrics(result: StepResult, config: RunConfig, hardware: Hardware, seconds: float) -> dict[str, Any]:
+    """Metrics of one step; ``seconds`` is the wall time of a step (docs/metrics.md defines each name)."""
+    totals = result.totals
+    tokens = config.train.global_batch * config.train.seq_len
+    rate = tokens / seconds
+    record: dict[str, Any] = {
+        "loss/train": totals.mean(totals.cross_entropy),
+        "grad_norm": float(result.grad_norm),
+        "optim/lr": result.lr,
+        "perf/step_seconds": seconds,
+        "perf/tokens_per_second": rate,
+        "perf/mfu": rate * hardware.cost.flops_per_token / hardware.peak_flops,
+    }
+    num_layers = totals.counts_LE.shape[0]
+    if num_layers:
+        record |= {
+            "loss/balance": totals.mean(totals.balance_L) / num_layers,
+            "loss/router_z": totals.mean(totals.router_z_L) / num_layers,
+            "moe/router_entropy": totals.mean(totals.entropy_L) / num_layers,
+            "moe/a2a_bytes": int(totals.sent_L.sum()) * _bytes_a_row(config),
+            **_load_metrics(totals.counts_LE, totals.dropped_L, config),
+        }
+    return record
+
+
+def _bytes_a_row(config: RunConfig) -> int:
+    """A row travels to its expert and back, forward and backward; recomputation sends nothing."""
+    return 4 * config.model.dim * (2 if config.train.dtype is Dtype.bf16 else 4)
+
+
+def _load_metrics(counts_LE: Tensor, dropped_L: Tensor, config: RunConfig) -> dict[str, Any]:
+    layers = [i for i in range(config.model.num_layers) if is_moe_layer(config, i)]
+    share_LE = counts_LE.double() / counts_LE.sum(1, keepdim=True).clamp_min(1)
+    loads: dict[str, Any] = {load_name(i): share.tolist() for i, share in zip(layers, share_LE, strict=False)}
+    return {
+        **loads,
+        "moe/max_over_mean": float(share_LE.max()) * counts_LE.shape[1],
+        "moe/dead_experts": int((counts_LE == 0).sum()),
+        "moe/drop_rate": int(dropped_L.sum()) / max(1, int(counts_LE.sum())),
+    }
