@@ -17,13 +17,13 @@ def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """Rows ``ends[e-1] … ends[e]-1`` of x times ``weight[e]``: ``[N, D] → [N, F]``.
 
     Through ``torch.nn.functional.grouped_mm`` where it serves (row strides of 16 bytes, at most 32-bit
-    floats), else a loop over the unbound experts.
+    floats, at least one row), else a loop over the unbound experts.
 
     Args:
         ends_E: int32, ascending; the last one is N (rows past it would be undefined).
     """
     aligned = all(size * x_ND.element_size() % 16 == 0 for size in weight_EDF.shape[1:])
-    if aligned and x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if aligned and x_ND.shape[0] and x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16):
         y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
         if y_NF.requires_grad:
             # Its backward reads strides that an expanded gradient (of .sum(), say) does not have.
