@@ -13,18 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def global_norm(local_gradients: Sequence[Tensor], replica: dist.ProcessGroup | None) -> Tensor:
+def global_norm(local_gradients: Sequence[Tensor], replica: dist.ProcessGroup) -> Tensor:
     """L2 norm over every parameter of the model, fp32, 0-dim, no host sync.
 
     Args:
         local_gradients: this rank's slices; empty ones are fine.
-        replica: ranks that hold one full copy between them; None for a single process.
+        replica: ranks that hold one full copy between them.
     """
     assert local_gradients, "a model without gradients has no norm"
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in local_gradients])
     square = norms.double().square().sum()
-    if replica is not None and dist.get_world_size(replica) > 1:
-        dist.all_reduce(square, group=replica)
+    dist.all_reduce(square, group=replica)
     return square.sqrt().float()
 
 

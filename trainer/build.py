@@ -13,10 +13,13 @@ from torch import nn
 from parallel.dispatch.all_to_all import AllToAllDispatcher
 from parallel.dispatch.base import Dispatcher
 from parallel.dispatch.local import LocalDispatcher
+from parallel.engines.base import whole_state
 from parallel.engines.native import NativeEngine
 from parallel.errors import ConfigError
 from parallel.mesh import Meshes
 from trainer.callbacks import Callback
+from trainer.checkpoint.resume import open_checkpoint
+from trainer.compose import load_frozen
 from trainer.config import Device, Dtype, RunConfig
 from trainer.data.tokenizer import TextTokenizer
 from trainer.models.transformer import Transformer
@@ -49,14 +52,14 @@ def build_model(config: RunConfig, dispatcher: Dispatcher) -> nn.Module:
         return model_target(config, dispatcher, **config.model.kwargs)
 
 
-def build_dispatcher(meshes: Meshes | None) -> Dispatcher:
+def build_dispatcher(meshes: Meshes) -> Dispatcher:
     """The backend for the ep axis."""
-    if meshes is None or meshes.dims.ep == 1:
+    if meshes.dims.ep == 1:
         return LocalDispatcher()
     return AllToAllDispatcher(meshes.ep)
 
 
-def build_engine(config: RunConfig, meshes: Meshes | None, device: torch.device) -> NativeEngine:
+def build_engine(config: RunConfig, meshes: Meshes, device: torch.device) -> NativeEngine:
     """The engine, not yet prepared."""
     return NativeEngine(
         meshes,
@@ -100,16 +103,12 @@ def load_for_inference(path: Path) -> Inference:
     Raises:
         ConfigError: nothing valid is there.
     """
-    from trainer.checkpoint.resume import open_checkpoint
-    from trainer.compose import load_frozen
-
     checkpoint = open_checkpoint(path)
     run_dir = checkpoint.path.parent.parent
     config = load_frozen(run_dir / "config.yaml")
     on_gpu = config.device is Device.cuda and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    engine = build_engine(config, None, device)
-    engine.prepare(build_model(config, LocalDispatcher()))
-    checkpoint.load_into(engine.named_state())
+    model = build_model(config, LocalDispatcher()).to_empty(device=device)
+    checkpoint.load_into(whole_state(model), prefix="model.")
     tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
-    return Inference(config, engine.model.eval(), tokenizer, device)
+    return Inference(config, model.eval(), tokenizer, device)

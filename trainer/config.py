@@ -277,6 +277,8 @@ class CheckpointConfig:
     """Checkpoints at multiples of this many steps are never removed; 0: none."""
     load_from: str | None = None
     """A run or checkpoint directory to start from when this run has no checkpoint of its own."""
+    load_weights_only: bool = False
+    """Of load_from: begin at step 0 with a new optimizer and data order instead of going on."""
 
 
 @dataclass

@@ -77,14 +77,14 @@ def generate_text(
     """
     from trainer.build import load_for_inference
 
-    config, model, tokenizer, device = load_for_inference(path)
+    loaded = load_for_inference(path)
     return sample(
-        model,
-        tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         prompt,
         max_new_tokens,
-        device=device,
-        context=config.train.seq_len,
+        device=loaded.device,
+        context=loaded.config.train.seq_len,
         temperature=temperature,
         top_p=top_p,
         seed=seed,

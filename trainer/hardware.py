@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from pathlib import Path
 
 import torch
+
+from trainer.environment import cpu_model
 
 # Dense bf16 FLOP/s as the vendors state them.
 _STATED_BF16 = {
@@ -24,13 +24,7 @@ def device_name(device: torch.device) -> str:
     """The accelerator's or the processor's model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return cpu_model()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

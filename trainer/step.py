@@ -63,8 +63,7 @@ class Sums:
     def reduce(self, num_targets: int) -> Totals:
         """Sum over all ranks. Collective."""
         assert self._total is not None, "a step has at least one micro-batch"
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._total)
+        dist.all_reduce(self._total)
         flat = self._total[1:]
         layers = flat.view(self._num_layers, -1) if self._num_layers else flat.view(0, 5)
         balance, router_z, entropy, dropped, sent = layers[:, :5].unbind(1)
@@ -167,7 +166,6 @@ class Stepper:
         """
         mine = torch.stack([batch.num_targets for batch in batches]).sum()
         agreed = torch.tensor([int(mine), int(self.wants_stop())])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(agreed)
+        dist.all_reduce(agreed)
         num_targets, stops = agreed.tolist()
         return max(1, num_targets), stops > 0

@@ -33,6 +33,15 @@ class StateSlice:
     owner: bool
 
 
+def whole_state(model: nn.Module) -> Iterator[StateSlice]:
+    """Weights and persistent buffers of a model that one process holds whole."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in persistent:
+            shape = tuple(tensor.shape)
+            yield StateSlice(f"model.{name}", shape, (0,) * len(shape), tensor.detach(), owner=True)
+
+
 @runtime_checkable
 class Shardable(Protocol):
     """A model that names the modules an engine gathers and frees as a whole."""

@@ -32,7 +32,7 @@ class NativeEngine:
     """See :class:`parallel.engines.base.Engine`.
 
     Args:
-        meshes: both views of the world; None for a single process without a process group.
+        meshes: both views of the world.
         device: where parameters live.
         param_dtype: dtype that dense and expert parameters are gathered in; masters stay fp32.
         make_optimizer: given (name, local parameter) pairs, an optimizer whose state exists already
@@ -45,7 +45,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        meshes: Meshes | None,
+        meshes: Meshes,
         device: torch.device,
         param_dtype: torch.dtype,
         make_optimizer: MakeOptimizer,
@@ -56,17 +56,20 @@ class NativeEngine:
         self.param_dtype = param_dtype
         self.make_optimizer = make_optimizer
         self.reshard_after_forward = reshard_after_forward
-        self.rank = torch.distributed.get_rank() if meshes is not None else 0
+        self.rank = torch.distributed.get_rank()
         self._locals: dict[str, nn.Parameter] = {}
 
     def prepare(self, model: nn.Module) -> None:
         self.model = model
         self._placements = placements(model)
-        if self.meshes is not None and self.meshes.dims.world_size > 1:
+        if self.meshes.dims.world_size > 1:
             self._cut_experts(model, self.meshes)
             self._fully_shard(model, self.meshes)
         model.to_empty(device=self.device)
-        for name, parameter in model.named_parameters():
+        # Kept, since FSDP swaps a module's parameters for gathered ones while it computes (or after an
+        # evaluation, until the next backward); these stay the sharded masters.
+        self._masters = dict(model.named_parameters())
+        for name, parameter in self._masters.items():
             self._locals[name] = nn.Parameter(_local(parameter.detach()), requires_grad=True)
         self.optimizer = self.make_optimizer([(n, p) for n, p in self._locals.items() if p.numel()])
 
@@ -75,28 +78,28 @@ class NativeEngine:
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         gradients = [piece.tensor for piece in self.named_gradients()]
-        norm = global_norm(gradients, self.meshes.replica if self.meshes is not None else None)
+        norm = global_norm(gradients, self.meshes.replica)
         if max_norm > 0:
             clip_(gradients, norm, max_norm)
         return norm
 
     def step(self, lr: float) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._masters.items():
             self._locals[name].grad = None if parameter.grad is None else _local(parameter.grad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._masters.items():
             parameter.grad = self._locals[name].grad = None
 
     def named_state(self) -> Iterator[StateSlice]:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._masters.items():
             yield self._slice(f"model.{name}", name, parameter, _local(parameter.detach()))
         persistent = self.model.state_dict(keep_vars=True).keys()
         for name, buffer in self.model.named_buffers():
             if name in persistent:
                 yield _replicated(f"model.{name}", buffer, self.rank)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._masters.items():
             slots = self.optimizer.state.get(self._locals[name], {})
             for slot in sorted(slots):
                 value = slots[slot]
@@ -106,7 +109,7 @@ class NativeEngine:
                     yield _replicated(f"optim.{slot}.{name}", value, self.rank)
 
     def named_gradients(self) -> Iterator[StateSlice]:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._masters.items():
             if parameter.grad is not None:
                 yield self._slice(name, name, parameter, _local(parameter.grad))
 
@@ -160,19 +163,16 @@ class NativeEngine:
     def _slice(self, key: str, name: str, parameter: nn.Parameter, local: Tensor) -> StateSlice:
         """A tensor laid out like ``parameter``: where this rank's part stands in the whole."""
         shape, offsets = list(parameter.shape), [0] * parameter.dim()
-        owner = True
         if isinstance(parameter, DTensor):
             _, found = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             offsets = list(found)
-        if self.meshes is not None:
-            at = self.meshes.dims.sparse_coordinate(self.rank)
-            owner = at["dp_replicate"] == 0
-            if self._placements[name] is EXPERT:
-                offsets[0] += at["ep"] * shape[0]
-                shape[0] *= self.meshes.dims.ep
-        return StateSlice(key, tuple(shape), tuple(offsets), local, owner)
+        at = self.meshes.dims.sparse_coordinate(self.rank)
+        if self._placements[name] is EXPERT:
+            offsets[0] += at["ep"] * shape[0]
+            shape[0] *= self.meshes.dims.ep
+        return StateSlice(key, tuple(shape), tuple(offsets), local, owner=at["dp_replicate"] == 0)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parallel.dispatch.local import LocalDispatcher
-from parallel.engines.base import StateSlice
+from parallel.engines.base import whole_state
 from trainer.build import build_model
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
@@ -55,10 +55,7 @@ def run_oracle(config: RunConfig, steps: int) -> Trace:
     model = build_model(config, LocalDispatcher())
     model.to_empty(device="cpu")
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    whole = [
-        StateSlice(f"model.{n}", tuple(t.shape), (0,) * t.dim(), t.detach(), True) for n, t in state.items()
-    ]
-    initialise(model, whole, config.train.seed)
+    initialise(model, whole_state(model), config.train.seed)
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     o, weights = config.optim, config.layout.balance

@@ -1,10 +1,12 @@
 """Learning-rate schedules, AdamW's groups, initial weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
-from parallel.engines.base import StateSlice
+from parallel.engines.base import StateSlice, whole_state
 from trainer.compose import compose
 from trainer.config import OptimConfig, Schedule
 from trainer.models.init import initialise
@@ -18,7 +20,7 @@ def test_cosine_warms_up_and_ends_at_the_minimum() -> None:
     assert rates[4] == 1.0
     assert rates[12] == pytest.approx(0.55)
     assert rates[20] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[4:]))
 
 
 def test_wsd_is_constant_until_the_decay() -> None:
@@ -50,20 +52,13 @@ class Plain(nn.Module):
         self.bias = nn.Parameter(torch.empty(48))
 
 
-def whole(model: nn.Module) -> list[StateSlice]:
-    return [
-        StateSlice(f"model.{n}", tuple(p.shape), (0,) * p.dim(), p.detach(), True)
-        for n, p in model.named_parameters()
-    ]
-
-
 def test_initial_weights_depend_on_seed_name_and_place_only() -> None:
     a, b, c = Plain(), Plain(), Plain()
-    initialise(a, whole(a), seed=1)
+    initialise(a, whole_state(a), seed=1)
     half = [StateSlice("model.w", (64, 48), (32, 0), b.w.detach()[32:], True)]
     initialise(b, half, seed=1)
     assert torch.equal(a.w[32:], b.w[32:])
-    initialise(c, whole(c), seed=2)
+    initialise(c, whole_state(c), seed=2)
     assert not torch.equal(a.w, c.w)
     assert float(a.w.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert bool((a.norm == 1).all())

@@ -1,0 +1,43 @@
+# Muster: `make help` explains every target. Everything lives in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-gpu lint docs clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## make .venv and install Muster with the tested versions (again: does nothing)
+
+# torch comes first, by itself: later packages then find it and ask for no other build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Muster needs Python 3.11 or newer: make setup PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+train: setup ## the main job: train a Mixture-of-Experts on two processes (ARGS="train.steps=600" changes it)
+	$(BIN)/muster train experiment=quickstart $(ARGS)
+
+test: setup ## all tests that need no GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: setup ## tests that need a CUDA device
+	$(BIN)/python -m pytest -o addopts='' -m gpu tests/gpu $(ARGS)
+
+lint: setup ## ruff (rules and format), mypy, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: setup ## write docs/metrics.md anew from the code
+	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

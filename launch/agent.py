@@ -1,0 +1,224 @@
+"""Supervises this node's workers: starts them, names what failed, starts them again, stops them in order.
+
+::
+
+    generation g:  start all ──▶ watch ──▶ all exit 0 ─────────────▶ done (0)
+                                   │ ──▶ one exits 2 ──────────────▶ stop all; the user's error (2)
+                                   │ ──▶ stop asked for, exit 75 ──▶ saved, resumable (75)
+                                   └ ──▶ anything else ──▶ SIGKILL the rest, event `failure`
+                                                             │ budget left: event `restart`, generation g + 1
+                                                             └ spent: gave up (70)
+
+The store that workers meet at lives in this process and outlives generations; each generation uses a key
+prefix of its own, so that nothing of a dead one can be mistaken for the next.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from launch.failure import Failure, diagnose, has_failed
+from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_GAVE_UP, EXIT_STOPPED, Outcome
+from launch.workers import Plan, WorkerGroup
+from trainer.metrics.jsonl import events_writer
+from trainer.rundir import RunDirectory
+
+_POLL_SECONDS = 0.05
+_SETTLE_SECONDS = 0.5
+"""How long to look for the origin once only fallout has been seen."""
+
+
+class RestartBudget:
+    """Restarts that are left: refilled by every newer committed checkpoint."""
+
+    def __init__(self, max_restarts: int, newest_checkpoint: int | None) -> None:
+        self.max_restarts, self.used = max_restarts, 0
+        self._newest = newest_checkpoint
+
+    def spend(self, newest_checkpoint: int | None) -> bool:
+        """Count a failure; whether the group may start again."""
+        if newest_checkpoint is not None and (self._newest is None or newest_checkpoint > self._newest):
+            self.used, self._newest = 0, newest_checkpoint
+        self.used += 1
+        return self.used <= self.max_restarts
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM and a closed terminal, as flags that the watch loop reads."""
+
+    def __init__(self) -> None:
+        self.cause: str | None = None
+        self.now = False
+        self._wake = threading.Event()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, or until a signal comes."""
+        self._wake.wait(seconds)
+        self._wake.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A second Ctrl-C is impatience; schedulers repeat SIGTERM and mean it only once.
+        self.now = self.now or (self.cause is not None and number == signal.SIGINT)
+        self.cause = self.cause or signal.Signals(number).name
+        self._wake.set()
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handle the signals; what they did before is put back at the end."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._handle) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _End(enum.Enum):
+    done = "done"
+    stopped = "stopped"
+    failed = "failed"
+
+
+class Agent:
+    """Runs generations of workers until the run is done, stopped or given up.
+
+    Args:
+        run: where logs and events go.
+        plan: what to start.
+        max_restarts: consecutive failures without a newer checkpoint that are answered by a restart.
+        stop_grace_seconds: how long workers may take to save after Ctrl-C or SIGTERM.
+        say: shows the user a line.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        plan: Plan,
+        max_restarts: int,
+        stop_grace_seconds: float,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.run_directory, self.plan = run, plan
+        self.budget = RestartBudget(max_restarts, run.newest_checkpoint())
+        self.stop_grace_seconds = stop_grace_seconds
+        self.stop = StopRequest()
+        self._say = say
+        self._events = events_writer(run.path)
+
+    def run(self) -> Outcome:
+        """Supervise to the end. Call it from the main thread; no worker survives it."""
+        generation = self.run_directory.next_generation()
+        with self.stop.listening():
+            while True:
+                with WorkerGroup(self.plan, self.run_directory.path, generation) as group:
+                    end = self._watch(group)
+                    noticed = time.time()
+                    failure = self._settled(group) if end is _End.failed else None
+                    if end is _End.failed and any(w.code == EXIT_STOPPED for w in group.workers):
+                        # The others saved and left; this one fell over their absence.
+                        end = _End.stopped if failure is None or not failure.certain else end
+                # The group is dead here.
+                if end is _End.done:
+                    return Outcome(EXIT_DONE)
+                if end is _End.stopped:
+                    return self._stopped(group)
+                assert failure is not None
+                if failure.exit_code == EXIT_CONFIG:
+                    return Outcome(EXIT_CONFIG, failure.cause)
+                self._record_failure(failure, generation)
+                if self.stop.cause is not None:
+                    return self._stopped(group)
+                if not self.budget.spend(self.run_directory.newest_checkpoint()):
+                    return self._gave_up(failure)
+                generation += 1
+                self._record_restart(generation, noticed)
+
+    def _watch(self, group: WorkerGroup) -> _End:
+        """Until the group has ended in one way or another; returns at the first failure."""
+        deadline: float | None = None
+        while True:
+            exited = group.poll()
+            if has_failed(exited):
+                return _End.failed
+            if not group.alive:
+                codes = {worker.code for worker in exited}
+                return _End.done if codes == {EXIT_DONE} else _End.stopped
+            leaving = any(worker.code == EXIT_STOPPED for worker in exited)
+            if deadline is None and (self.stop.cause is not None or leaving):
+                self._say(
+                    f"{self.stop.cause or 'A worker'}: saving, then stopping. Ctrl-C again stops at once."
+                )
+                group.terminate()
+                deadline = time.monotonic() + self.stop_grace_seconds
+            if self.stop.now:
+                self._say("Stopping at once.")
+                return _End.stopped
+            if deadline is not None and time.monotonic() > deadline:
+                self._say(f"Not saved within resilience.stop_grace_seconds={self.stop_grace_seconds:g}.")
+                return _End.stopped
+            self.stop.wait(_POLL_SECONDS)
+
+    def _settled(self, group: WorkerGroup) -> Failure | None:
+        """The origin of a failure; a witness alone is given a moment for the culprit to show."""
+        until = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            failure = diagnose(group)
+            if (failure is not None and failure.certain) or time.monotonic() > until:
+                return failure
+            self.stop.wait(_POLL_SECONDS)
+            group.poll()
+
+    def _record_failure(self, failure: Failure, generation: int) -> None:
+        worker = failure.worker
+        self._event(
+            "failure",
+            kind=failure.kind,
+            rank=failure.rank,
+            host=socket.gethostname(),
+            cause=failure.cause,
+            generation=generation,
+            exit_code=failure.exit_code,
+            evidence=worker.log_tail(),
+            log=str(worker.log),
+        )
+        self._say(f"rank {failure.rank} failed ({failure.kind}): {failure.cause}. Its log: {worker.log}")
+
+    def _record_restart(self, generation: int, since: float) -> None:
+        kept = self.run_directory.newest_checkpoint() or 0
+        lost = max(0, self.run_directory.last_logged_step() - kept)
+        self._event("restart", generation=generation, restart_seconds=time.time() - since, lost_steps=lost)
+
+    def _event(self, event: str, **fields: Any) -> None:
+        step = self.run_directory.last_logged_step()
+        try:
+            self._events.write({"time": time.time(), "step": step, "event": event, **fields})
+        except OSError as error:
+            # A full disk must not take the supervisor down with it.
+            self._say(f"events.jsonl cannot be written: {error.strerror}")
+
+    def _stopped(self, group: WorkerGroup) -> Outcome:
+        newest = self.run_directory.newest_checkpoint()
+        saved = all(worker.code in (EXIT_DONE, EXIT_STOPPED) for worker in group.workers)
+        at = "from the start: nothing was saved yet" if newest is None else f"from step {newest}"
+        how = "Stopped and saved" if saved else "Stopped without saving"
+        return Outcome(EXIT_STOPPED, f"{how}. Go on {at}:\n  muster resume {self.run_directory.path}")
+
+    def _gave_up(self, failure: Failure) -> Outcome:
+        restarts = self.budget.used - 1
+        return Outcome(
+            EXIT_GAVE_UP,
+            f"Gave up after {restarts} restart(s) without a new checkpoint (resilience.max_restarts="
+            f"{self.budget.max_restarts}). Last failure: rank {failure.rank}, {failure.cause}\n"
+            f"  log: {failure.worker.log}\n  when it is mended: muster resume {self.run_directory.path}",
+        )

@@ -1,0 +1,100 @@
+"""A run on this machine: the store, the agent, the view, and what is written when it ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.agent import Agent
+from launch.outcome import EXIT_CONFIG, Outcome
+from launch.view import RunView
+from launch.workers import Plan, worker_command
+from parallel.errors import ConfigError
+from trainer.compose import absolute_paths
+from trainer.config import Device, Machine, RunConfig, resolve, validate
+from trainer.environment import count_gpus, describe
+from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
+from trainer.rundir import RunDirectory
+
+
+def complete_config(asked: RunConfig) -> RunConfig:
+    """Fill the blanks for this machine and check every rule.
+
+    Raises:
+        ConfigError: the first rule that does not hold, those of the local launcher included.
+    """
+    num_gpus = count_gpus()
+    config = resolve(absolute_paths(asked), Machine.here(num_gpus))
+    launcher = config.launcher
+    if launcher.nnodes != 1:
+        raise ConfigError(
+            "launcher.nnodes",
+            launcher.nnodes,
+            "`muster train` starts processes on this machine only",
+            f"torchrun --nnodes={launcher.nnodes} … -m trainer …, or launcher.nnodes=1",
+        )
+    if config.device is Device.cuda and num_gpus < launcher.nproc_per_node:
+        fix = f"launcher.nproc_per_node={num_gpus}" if num_gpus else "device=cpu"
+        raise ConfigError(
+            "device",
+            "cuda",
+            f"takes launcher.nproc_per_node={launcher.nproc_per_node} GPUs; this machine has {num_gpus}",
+            fix,
+        )
+    validate(config)
+    return config
+
+
+def check_data(config: RunConfig, console: Console) -> None:
+    """Prepare the data once, before any worker starts, so that what is wrong with it is said once.
+
+    Raises:
+        ConfigError: the data cannot be used.
+    """
+    with console.status("Preparing data…"):
+        from trainer.data.prepare import prepare_data
+
+        prepare_data(config)
+
+
+def run_local(run: RunDirectory, config: RunConfig, console: Console) -> Outcome:
+    """Train the frozen run to its end under an agent, then write the report and the summary."""
+    with run.lock():
+        with console.status("Starting…"):
+            run.write_environment(describe(config, sys.argv))
+            import torch.distributed as dist
+
+            # Port 0: the kernel picks a free one. The server thread lives as long as this process.
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        plan = Plan(
+            command=worker_command(run.config_path),
+            num_workers=config.launcher.nproc_per_node,
+            env={"OMP_NUM_THREADS": str(config.train.num_threads)},
+            master_port=store.port,
+        )
+        with RunView(run.path, config, console) as view:
+            resilience = config.resilience
+            agent = Agent(run, plan, resilience.max_restarts, resilience.stop_grace_seconds, say=view.say)
+            outcome = agent.run()
+        if outcome.code != EXIT_CONFIG:
+            summarise(run.path, console)
+    return outcome
+
+
+def summarise(run_dir: Path, console: Console) -> None:
+    """Write report.html and print the summary. A run that logged nothing has none."""
+    if not (run_dir / EVENTS_FILE).is_file() and not (run_dir / METRICS_FILE).is_file():
+        return
+    try:
+        from trainer.metrics.report import write_report
+        from trainer.metrics.summary import final_summary
+
+        write_report(run_dir)
+        final_summary(console, run_dir)
+    except Exception as error:
+        # The training is done and saved: a plot that fails must not change the exit code.
+        console.print(
+            f"report: {type(error).__name__}: {error}. Again with: muster report {run_dir}", markup=False
+        )

@@ -1,0 +1,152 @@
+"""``muster train``: compose and check, claim a run directory, freeze the config, train.
+
+``@hydra.main`` lives here and only here, so that ``-m``, ``--cfg``, ``--info``, completion and sweeper
+plugins work as in any Hydra program. Before it runs, the overrides go through :mod:`trainer.compose`,
+which says what is wrong with them in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from launch import sweep
+from launch.local import check_data, complete_config, run_local
+from launch.outcome import Outcome
+from parallel.errors import ConfigError
+from trainer import overrides as grammar
+from trainer.compose import CONF_DIR, CONFIG_NAME, compose, to_run_config
+from trainer.config import RunConfig
+from trainer.rundir import RunDirectory
+
+
+def main(argv: list[str]) -> Outcome:
+    """Run ``muster train`` with these arguments.
+
+    Raises:
+        ConfigError: a mistake in the arguments, or in the config that they compose.
+    """
+    flags, overrides, args = split_arguments(argv)
+    if args.help or args.hydra_help or args.shell_completion:
+        return _show_help([*overrides, *flags])
+    config_dir = args.config_dir
+    if args.multirun:
+        plan = sweep.check(overrides, config_dir)
+        try:
+            _through_hydra([*plan.overrides, *flags], plan)
+        except (SystemExit, KeyboardInterrupt):
+            return plan.finish(Console(highlight=False), interrupted=True)
+        return plan.finish(Console(highlight=False))
+    compose(overrides, config_dir)
+    lines = [grammar.normalise(override) for override in grammar.parse(overrides)]
+    return _through_hydra([*lines, *flags])
+
+
+def split_arguments(argv: list[str]) -> tuple[list[str], list[str], argparse.Namespace]:
+    """Hydra's flags, the overrides, and the flags as parsed. The two may come in any order.
+
+    Raises:
+        ConfigError: an unknown flag, or one that Muster has no use for.
+    """
+    parser = get_args_parser()
+    parser.error = _usage_error  # type: ignore[method-assign,assignment]
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        grammar.parse(unknown)
+        raise ConfigError(unknown[0], "", "is no flag of `muster train`", "muster train --help")
+    for flag in ("config_name", "config_path", "experimental_rerun"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}",
+                getattr(args, flag),
+                "there is one main config",
+                "keep your own groups in a folder and give --config-dir=FOLDER experiment=NAME",
+            )
+    modes = [name for name in ("multirun", "cfg", "info", "run") if getattr(args, name)]
+    if len(modes) > 1:
+        raise ConfigError(
+            f"--{modes[0]}", "", f"cannot be combined with --{modes[1]}", f"leave out --{modes[1]}"
+        )
+    flags = list(argv)
+    for override in args.overrides:
+        flags.remove(override)
+    return flags, args.overrides, args
+
+
+def _usage_error(message: str) -> None:
+    raise ConfigError("arguments", "", message, "muster train --help")
+
+
+def _through_hydra(arguments: list[str], plan: sweep.Sweep | None = None) -> Outcome:
+    """Hand over to ``@hydra.main``; what it printed (help, --cfg) or trained is the outcome."""
+    outcomes: list[Outcome] = []
+    errors: list[Exception] = []
+
+    @hydra.main(config_path=str(CONF_DIR), config_name=CONFIG_NAME, version_base="1.3")
+    def task(node: DictConfig) -> float | None:
+        job = HydraConfig.get()
+        config = to_run_config(node)
+        if job.mode is RunMode.MULTIRUN:
+            assert plan is not None
+            return plan.run_point(config, job.job.num, list(job.overrides.task), train)
+        try:
+            outcomes.append(train(config))
+        except Exception as error:  # past Hydra, which would announce it in words of its own
+            errors.append(error)
+        return None
+
+    with _arguments(arguments):
+        task()
+    if errors:
+        raise errors[0]
+    return outcomes[0] if outcomes else Outcome(0)
+
+
+def _show_help(arguments: list[str]) -> Outcome:
+    try:
+        return _through_hydra(arguments)
+    except SystemExit as end:  # Hydra leaves after its help
+        return Outcome(end.code if isinstance(end.code, int) else 0)
+
+
+@contextmanager
+def _arguments(arguments: list[str]) -> Iterator[None]:
+    """Hydra reads sys.argv, and lets exceptions through to us only with this variable set."""
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["muster train", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def train(asked: RunConfig) -> Outcome:
+    """Train a composed config in a new run directory.
+
+    Raises:
+        ConfigError: before anything was started.
+    """
+    console = Console(highlight=False)
+    config = complete_config(asked)
+    run = RunDirectory.create(config)
+    try:
+        check_data(config, console)
+    except BaseException:
+        run.discard()
+        raise
+    asked.run.id = config.run.id
+    run.freeze(config, asked)
+    return run_local(run, config, console)

@@ -1,0 +1,171 @@
+"""The worker processes of one generation: started, watched and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trainer.metrics.jsonl import decode
+
+_TAIL_BYTES = 4000
+_TAIL_LINES = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a node starts in every generation.
+
+    Attributes:
+        command: argv of a worker, the same for every rank.
+        num_workers: ranks of this node.
+        env: variables for every worker, on top of this process's own.
+        master_port: of the store that the agent hosts and that outlives generations.
+        first_rank, world_size: where this node's ranks stand; by default it is the whole world.
+    """
+
+    command: Sequence[str]
+    num_workers: int
+    env: Mapping[str, str]
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    first_rank: int = 0
+    world_size: int | None = None
+
+
+@dataclass
+class Worker:
+    """One process. ``seen_alive`` is the unix time when it last was, ``code`` its exit code (−signal)."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    error_file: Path
+    seen_alive: float
+    code: int | None = None
+
+    def is_stopped(self) -> bool:
+        """Whether it lives but is suspended (SIGSTOP, a debugger)."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+    def report(self) -> dict[str, Any] | None:
+        """What it wrote about its own death: {kind, cause, exit_code}, with the ``time`` of writing."""
+        try:
+            found = decode(self.error_file.read_bytes())
+            return None if found is None else {**found, "time": self.error_file.stat().st_mtime}
+        except OSError:
+            return None
+
+    def log_tail(self) -> str:
+        """The end of what it printed."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "\n".join(lines[-_TAIL_LINES:])
+
+
+class WorkerGroup:
+    """The workers of one generation. Leaving the context kills whatever still lives.
+
+    Start it from the main thread: a worker dies with the thread that started it (trainer/process.py).
+    """
+
+    def __init__(self, plan: Plan, run_dir: Path, generation: int) -> None:
+        self.generation = generation
+        self.workers: list[Worker] = []
+        folder = run_dir / "logs" / f"generation-{generation}"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for local_rank in range(plan.num_workers):
+                self.workers.append(self._start(plan, run_dir, folder, local_rank))
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, plan: Plan, run_dir: Path, folder: Path, local_rank: int) -> Worker:
+        rank = plan.first_rank + local_rank
+        log, error_file = folder / f"rank-{rank}.log", folder / f"rank-{rank}.error.json"
+        env = {
+            **os.environ,
+            **plan.env,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(plan.world_size or plan.num_workers),
+            "LOCAL_WORLD_SIZE": str(plan.num_workers),
+            "MASTER_ADDR": plan.master_addr,
+            "MASTER_PORT": str(plan.master_port),
+            "MUSTER_AGENT": "1",
+            "MUSTER_AGENT_PID": str(os.getpid()),
+            "MUSTER_RUN_DIR": str(run_dir),
+            "MUSTER_GENERATION": str(self.generation),
+            "MUSTER_ERROR_FILE": str(error_file),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",  # a segfault leaves its stack in the log
+        }
+        with log.open("ab") as output:
+            # Its own session, so that the terminal's Ctrl-C reaches the agent alone.
+            process = subprocess.Popen(
+                list(plan.command),
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return Worker(rank, process, log, error_file, seen_alive=time.time())
+
+    def poll(self) -> list[Worker]:
+        """Notice exits; the workers that have exited so far."""
+        for worker in self.workers:
+            if worker.code is None:
+                now = time.time()
+                worker.code = worker.process.poll()
+                if worker.code is None:
+                    worker.seen_alive = now
+        return [worker for worker in self.workers if worker.code is not None]
+
+    @property
+    def alive(self) -> list[Worker]:
+        """Workers not known to have exited."""
+        return [worker for worker in self.workers if worker.code is None]
+
+    def terminate(self) -> None:
+        """Ask every worker to save and go."""
+        for worker in self.alive:
+            worker.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL every worker that lives, stopped ones too, with its children, and wait for their end."""
+        for worker in self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)
+        for worker in self.workers:
+            worker.code = worker.process.wait()
+
+    def __enter__(self) -> WorkerGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+
+def worker_command(config: Path) -> list[str]:
+    """The command of a real worker."""
+    return [sys.executable, "-m", "trainer", "--config", str(config)]

@@ -1,0 +1,83 @@
+"""The worker: ``python -m trainer …``, one process a rank, under any launcher.
+
+    python -m trainer --config RUN_DIR/config.yaml          what `muster` starts
+    torchrun --nproc-per-node 2 -m trainer run.id=a OVERRIDES
+    torchrun --nproc-per-node 2 -m trainer RUN_DIR/config.yaml
+
+Without `muster`, rank 0 composes the config and chooses the run directory, and every rank uses its choice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+from parallel.errors import ConfigError
+from trainer.process import die_with_parent
+
+EXIT_CONFIG = 2
+EXIT_STOPPED = 75
+_STORE_TIMEOUT = timedelta(minutes=10)
+
+
+def main(argv: list[str]) -> int:
+    """Run one rank; returns the exit code."""
+    under_agent = os.environ.get("MUSTER_AGENT") == "1"
+    if under_agent:
+        die_with_parent(int(os.environ["MUSTER_AGENT_PID"]))
+    first_to_speak = _always
+    try:
+        from trainer.launched import arrive
+
+        arrival = arrive(argv, under_agent)
+        first_to_speak = arrival.first_to_speak
+        from trainer.run import run_worker
+
+        finished = run_worker(arrival.config, arrival.run_dir, arrival.place)
+    except ConfigError as error:
+        _report("config", str(error), EXIT_CONFIG)
+        if first_to_speak():
+            print(f"muster: {error}", file=sys.stderr, flush=True)
+        _leave(EXIT_CONFIG)
+    except BaseException as error:
+        traceback.print_exc()
+        _report("crash", "".join(traceback.format_exception_only(error)).strip(), 1)
+        # No collective, no destructor that waits for a peer: the others are told by our death.
+        _leave(1)
+    if finished or not under_agent:
+        return 0  # another launcher would take any other code for a failure
+    return EXIT_STOPPED
+
+
+def _always() -> bool:
+    return True
+
+
+def _report(kind: str, cause: str, exit_code: int) -> None:
+    """Tell the agent why this process ends, before its connections close."""
+    path = os.environ.get("MUSTER_ERROR_FILE")
+    if path is None:
+        return
+    record = {"kind": kind, "cause": cause, "exit_code": exit_code, "time": time.time()}
+    aside = Path(f"{path}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(record) + "\n")
+        aside.replace(path)
+    except OSError as error:
+        print(f"cannot write {path}: {error}", file=sys.stderr)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

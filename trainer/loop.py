@@ -1,0 +1,255 @@
+"""The training loop: steps, and around them evaluation, logging, checkpoints and hooks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.dims import ParallelDims
+from parallel.engines.base import Engine, StateSlice
+from trainer.callbacks import Callback
+from trainer.checkpoint.digest import combine, weights_digest
+from trainer.checkpoint.durable import DurableCheckpointer
+from trainer.checkpoint.resume import Checkpoint
+from trainer.config import RunConfig
+from trainer.data.batch import Batch
+from trainer.data.loader import Loader, merge_states
+from trainer.data.prepare import PreparedData
+from trainer.generation import sample
+from trainer.metrics.step import Hardware, step_metrics
+from trainer.runlog import RunLog
+from trainer.step import Stepper, StepResult
+
+
+@dataclass
+class TrainState:
+    """What a resumed run must know beside weights, optimizer and data (all of it in every checkpoint)."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Input tokens of those steps, over all ranks."""
+    untrained_loss: float | None = None
+    """Held-out loss before the first step, nats a token."""
+    valid_loss: float | None = None
+    """Held-out loss of the newest evaluation."""
+    best_loss: float | None = None
+    best_step: int | None = None
+
+
+@dataclass
+class Trainer:
+    """One rank's run. ``train`` is the whole story; built by :mod:`trainer.run`.
+
+    Attributes:
+        control: a gloo group over all ranks, for small facts (not tensors of the model).
+        valid: this rank's held-out batches.
+        hardware: what tokens per second are measured against.
+    """
+
+    config: RunConfig
+    dims: ParallelDims
+    rank: int
+    run_dir: Path
+    engine: Engine
+    stepper: Stepper
+    loader: Loader
+    prepared: PreparedData
+    valid: list[Batch]
+    checkpoints: DurableCheckpointer
+    log: RunLog
+    callbacks: list[Callback]
+    hardware: Hardware
+    control: dist.ProcessGroup
+    state: TrainState = field(default_factory=TrainState)
+
+    def train(self) -> bool:
+        """Run to the last step, or until asked to stop. Returns whether the run is finished. Collective.
+
+        Raises:
+            StorageError: a checkpoint could not be written.
+        """
+        config, state = self.config, self.state
+        for callback in self.callbacks:
+            callback.on_start(self)
+        if state.step == 0 and config.eval.every:
+            state.untrained_loss = self.evaluate()
+        self._since_log: list[float] = []
+        while state.step < config.train.steps:
+            result = self.step()
+            last = state.step == config.train.steps
+            improved = False
+            if _due(state.step, config.eval.every) or (last and config.eval.every):
+                improved = self._evaluate_and_log(result)
+            elif _due(state.step, config.logger.every) or last:
+                self._log_step(result, None)
+            if _due(state.step, config.checkpoint.every) or last or improved or result.stop:
+                self.save(best=improved)
+            self._log_saves()
+            if result.stop and not last:
+                self.checkpoints.wait()
+                self._log_saves()
+                self.log.event("stop", state.step, reason="asked to stop", resumable=True)
+                return False
+        self._finish()
+        return True
+
+    def step(self) -> StepResult:
+        """One optimizer step on the next samples. Collective."""
+        began = time.perf_counter()
+        batches = self.loader.next_step()
+        for callback in self.callbacks:
+            callback.on_batches(self, batches)
+        result = self.stepper.train_step(self.state.step, batches)
+        self.state.step += 1
+        self.state.tokens += self.config.train.global_batch * self.config.train.seq_len
+        self._since_log.append(time.perf_counter() - began)
+        return result
+
+    def evaluate(self) -> float:
+        """Held-out loss in nats a token. Collective."""
+        began = time.perf_counter()
+        totals = self.stepper.evaluate(self.valid)
+        loss = totals.mean(totals.cross_entropy)
+        best = self.state.best_loss is None or loss < self.state.best_loss
+        self.state.valid_loss = loss
+        seconds = time.perf_counter() - began
+        self.log.event("evaluation", self.state.step, loss_valid=loss, best=best, seconds=seconds)
+        for callback in self.callbacks:
+            callback.on_evaluation(self, loss)
+        return loss
+
+    def save(self, best: bool = False) -> None:
+        """Begin a checkpoint of this step; returns after the copy. Collective.
+
+        Args:
+            best: whether to name it ``checkpoints/best``.
+        """
+        states: list[Any] = [None] * dist.get_world_size(self.control)
+        dist.all_gather_object(states, self.loader.state_dict(), group=self.control)
+        trainer_state = {
+            **asdict(self.state),
+            "loader": merge_states(states),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+        }
+        rank_tensors = {"torch_rng": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rank_tensors["cuda_rng"] = torch.cuda.get_rng_state()
+        info = {"parallel": str(self.dims), "torch": torch.__version__, "name": self.config.run.name}
+        self.checkpoints.save(self.state.step, self.engine.named_state(), trainer_state, rank_tensors, info)
+        if best:
+            self.checkpoints.mark_best(self.state.step)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over all of a checkpoint's state, whatever layout wrote it.
+
+        Raises:
+            ConfigError: it is of another model, optimizer or data.
+        """
+        checkpoint.load_into(self.engine.named_state())
+        saved = dict(checkpoint.trainer)
+        self.loader.load_state_dict(saved.pop("loader"))
+        callback_states = saved.pop("callbacks")
+        if len(callback_states) == len(self.callbacks):
+            for callback, state in zip(self.callbacks, callback_states, strict=True):
+                callback.load_state_dict(state)
+        self.state = TrainState(**saved)
+        if checkpoint.world_size == self.dims.world_size:
+            rank_tensors = checkpoint.rank_tensors(self.rank)
+            torch.set_rng_state(rank_tensors["torch_rng"])
+            if torch.cuda.is_available() and "cuda_rng" in rank_tensors:
+                torch.cuda.set_rng_state(rank_tensors["cuda_rng"])
+
+    def digest(self) -> str:
+        """``weights_digest`` of the weights and buffers as they are now. Collective."""
+        own = weights_digest(p for p in self.engine.named_state() if p.name.startswith("model."))
+        parts: list[Any] = [None] * dist.get_world_size(self.control)
+        dist.all_gather_object(parts, own, group=self.control)
+        return combine(parts)
+
+    def _evaluate_and_log(self, result: StepResult) -> bool:
+        """Evaluate at this step and log it with the step; returns whether it is the best so far."""
+        before = self.state.best_loss
+        step_record = self._record(result)  # its clock stops before the evaluation
+        loss = self.evaluate()
+        self._write(step_record, loss)
+        if before is not None and loss >= before:
+            return False
+        self.state.best_loss, self.state.best_step = loss, self.state.step
+        return True
+
+    def _log_step(self, result: StepResult, valid_loss: float | None) -> None:
+        self._write(self._record(result), valid_loss)
+
+    def _record(self, result: StepResult) -> dict[str, Any]:
+        """Metrics of this step. The conversions to numbers are the only host syncs of a logged step."""
+        seconds = sum(self._since_log) / len(self._since_log)
+        record = step_metrics(result, self.config, self.hardware, seconds) if self.log.active else {}
+        for callback in self.callbacks:
+            record.update(callback.on_step_end(self, record) or {})
+        return record
+
+    def _write(self, record: dict[str, Any], valid_loss: float | None) -> None:
+        if valid_loss is not None:
+            record["loss/valid"] = valid_loss
+        record.update(step=self.state.step, tokens=self.state.tokens)
+        self.log.metrics(record, sum(self._since_log))
+        self._since_log.clear()
+
+    def _log_saves(self) -> None:
+        """Log the saves that were committed meanwhile; raise what went wrong with one."""
+        for done in self.checkpoints.poll():
+            self.log.event(
+                "checkpoint",
+                done.step,
+                path=str(done.path),
+                bytes=done.bytes,
+                stall_seconds=done.seconds_stalled,
+                write_seconds=done.seconds_written,
+            )
+        self.checkpoints.raise_if_failed()
+
+    def _finish(self) -> None:
+        self.checkpoints.wait()
+        self._log_saves()
+        for callback in self.callbacks:
+            callback.on_finish(self)
+        config, state = self.config, self.state
+        text = None
+        if config.eval.sample_tokens:
+            text = sample(
+                self.engine.model,
+                self.prepared.tokenizer,
+                config.eval.sample_prompt,
+                config.eval.sample_tokens,
+                device=self.stepper.device,
+                context=config.train.seq_len,
+                seed=config.train.seed,
+            )
+        self.log.event(
+            "finish",
+            state.step,
+            weights_digest=self.digest(),
+            goodput=self.log.goodput(),
+            seconds=self.log.seconds(),
+            loss_valid=state.valid_loss,
+            loss_valid_untrained=state.untrained_loss,
+            unigram_loss=self.prepared.unigram_loss,
+            best_step=state.best_step,
+            best_loss=state.best_loss,
+            sample=None if text is None else {"prompt": config.eval.sample_prompt, "text": text},
+        )
+
+
+def owned_state(slices: list[StateSlice]) -> int:
+    """Bytes of this rank's part of a checkpoint."""
+    return sum(piece.tensor.numel() * piece.tensor.element_size() for piece in slices if piece.owner)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

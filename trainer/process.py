@@ -1,0 +1,28 @@
+"""Tying a worker's life to the process that started it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(expected_parent_pid: int) -> None:
+    """Ask the kernel to SIGKILL this process when its parent dies, however the parent dies.
+
+    Call it first thing in a worker. A parent that died before the call is noticed by its pid, so there is
+    no window in which an orphan survives. The signal follows the parent's *thread*: the parent must start
+    workers from a thread that lives as long as it does. Outside Linux this only checks the pid.
+
+    Args:
+        expected_parent_pid: the pid of the process that must outlive this one.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != expected_parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)

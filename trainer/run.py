@@ -1,0 +1,244 @@
+"""One rank from its environment to the end of training."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from parallel.dims import ParallelDims
+from parallel.engines.base import Engine
+from parallel.errors import ConfigError
+from parallel.mesh import Meshes, build_meshes
+from trainer.build import build_callbacks, build_dispatcher, build_engine, build_model, torch_dtype
+from trainer.checkpoint.durable import DurableCheckpointer, check_room, check_writable, remove_stale
+from trainer.checkpoint.resume import Checkpoint, newest_valid, open_checkpoint
+from trainer.config import Device, RunConfig, parallel_dims
+from trainer.data.loader import build_loader, valid_batches
+from trainer.data.prepare import prepare_data
+from trainer.hardware import device_name, peak_flops
+from trainer.loop import Trainer, owned_state
+from trainer.metrics.step import Hardware
+from trainer.models.cost import model_cost
+from trainer.models.init import initialise
+from trainer.resilience import StopSignal
+from trainer.runlog import RunLog
+from trainer.step import Stepper
+
+_SAVE_TIMEOUT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands.
+
+    Attributes:
+        generation: counts the launches of a run, so that nothing of a dead one is mistaken for this.
+        store: rendezvous of all ranks, with a key prefix of its own for this generation.
+        agent: whether ``muster`` supervises this process.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    generation: int
+    store: dist.Store
+    agent: bool
+
+
+def run_worker(config: RunConfig, run_dir: Path, place: Place) -> bool:
+    """Build everything, load the newest state, train. Returns whether the run is finished.
+
+    Args:
+        config: resolved and validated; the same on every rank.
+
+    Raises:
+        ConfigError: an input that cannot work (StorageError among them).
+    """
+    torch.set_num_threads(config.train.num_threads)
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read when CUDA starts; makes cuBLAS repeatable
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling every new tensor with NaN costs time and only shows reads of memory that was never written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.manual_seed(config.train.seed * 1_000_003 + place.rank)
+    device = _device(config, place)
+    timeout = timedelta(seconds=config.resilience.collective_timeout_seconds)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=place.store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert control is not None
+    stop = StopSignal()
+    with stop.listening():
+        dims = parallel_dims(config)
+        meshes = build_meshes(dims, device.type)
+        trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
+        try:
+            return trainer.train()
+        finally:
+            trainer.log.close()
+
+
+def _device(config: RunConfig, place: Place) -> torch.device:
+    if config.device is not Device.cuda:
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise ConfigError(
+            "launcher.nproc_per_node",
+            config.launcher.nproc_per_node,
+            f"this machine has {count} GPU(s), and each process needs one of its own",
+            f"launcher.nproc_per_node={count}" if count else "device=cpu",
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _build_trainer(
+    config: RunConfig,
+    run_dir: Path,
+    place: Place,
+    dims: ParallelDims,
+    meshes: Meshes,
+    device: torch.device,
+    control: dist.ProcessGroup,
+    stop: StopSignal,
+) -> Trainer:
+    directory = run_dir / "checkpoints"
+    prepared = prepare_data(config)
+    model = build_model(config, build_dispatcher(meshes))
+    hardware = Hardware(model_cost(model, config), peak_flops(device, torch_dtype(config)) * place.world_size)
+    engine = build_engine(config, meshes, device)
+    engine.prepare(model)
+    if place.rank == 0:
+        check_writable(directory)
+        remove_stale(directory, str(place.generation))
+    dp_rank = dims.dp_rank(place.rank)
+    trainer = Trainer(
+        config=config,
+        dims=dims,
+        rank=place.rank,
+        run_dir=run_dir,
+        engine=engine,
+        stepper=Stepper(engine, config, device, stop.requested),
+        loader=build_loader(prepared, config, dp_rank, dims.dp),
+        prepared=prepared,
+        valid=list(valid_batches(prepared, config, dp_rank, dims.dp)) if config.eval.every else [],
+        checkpoints=DurableCheckpointer(
+            directory,
+            place.rank,
+            place.world_size,
+            str(place.generation),
+            config.checkpoint.keep_last,
+            config.checkpoint.keep_every,
+            _SAVE_TIMEOUT_SECONDS,
+        ),
+        log=RunLog(
+            run_dir,
+            config,
+            _plain(config),
+            active=place.rank == 0,
+            terminal=not place.agent,
+        ),
+        callbacks=build_callbacks(config),
+        hardware=hardware,
+        control=control,
+    )
+    if place.rank == 0:
+        prepared.tokenizer.save(run_dir / "tokenizer.json")
+        check_room(directory, _checkpoint_bytes(engine))
+    _start(trainer, place, device)
+    return trainer
+
+
+def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
+    """Load the newest state or initialise, and open the log of this generation."""
+    config = trainer.config
+    skipped: list[tuple[Path, str]] = []
+    found = _agree_on_checkpoint(trainer, skipped)
+    own = found is not None and found.path.parent == trainer.checkpoints.directory
+    weights_only = found is not None and not own and config.checkpoint.load_weights_only
+    resume = None
+    if found is None or weights_only:
+        initialise(trainer.engine.model, trainer.engine.named_state(), config.train.seed)
+    if found is not None and weights_only:
+        weights = (piece for piece in trainer.engine.named_state() if piece.name.startswith("model."))
+        found.load_into(weights, prefix="model.")
+    elif found is not None:
+        trainer.load(found)
+    if found is not None:
+        resume = {"tier": "durable", "path": str(found.path)}
+    cost = trainer.hardware.cost
+    start = {
+        "generation": place.generation,
+        "world_size": place.world_size,
+        "parallel": str(trainer.dims),
+        "device": device_name(device),
+        "num_parameters": cost.num_parameters,
+        "num_active_parameters": cost.num_active,
+        "run_dir": str(trainer.run_dir),
+        "steps": config.train.steps,
+        "train_rows": trainer.prepared.num_train_rows,
+        "tokens_per_step": config.train.global_batch * config.train.seq_len,
+        "config": {
+            "model": config.model.name,
+            "layout": config.layout.name,
+            "data": config.data.source.value,
+            "dtype": config.train.dtype.value,
+            "engine": config.engine.name.value,
+            "unigram_loss": trainer.prepared.unigram_loss,
+        },
+    }
+    trainer.log.begin(trainer.state.step, start, resume)
+    for path, reason in skipped:
+        message = f"skipped a damaged checkpoint: {path} {reason}"
+        trainer.log.event("alarm", trainer.state.step, kind="corrupt_checkpoint", message=message)
+
+
+def _agree_on_checkpoint(trainer: Trainer, skipped: list[tuple[Path, str]]) -> Checkpoint | None:
+    """Rank 0 looks for the newest valid checkpoint; everyone opens what it found. Collective.
+
+    Where rank 0 finds only damaged ones it raises, and its exit ends the other ranks.
+    """
+
+    def skip(path: Path, reason: str) -> None:
+        logging.getLogger(__name__).warning("skipping a checkpoint: %s %s", path, reason)
+        skipped.append((path, reason))
+
+    path: list[str | None] = [None]
+    found = None
+    if trainer.rank == 0:
+        found = newest_valid(trainer.checkpoints.directory, skip)
+        if found is None and trainer.config.checkpoint.load_from is not None:
+            found = open_checkpoint(Path(trainer.config.checkpoint.load_from), on_skip=skip)
+        path = [None if found is None else str(found.path)]
+    dist.broadcast_object_list(path, src=0, group=trainer.control)
+    if path[0] is not None and found is None:
+        found = open_checkpoint(Path(path[0]), verify=False)
+    return found
+
+
+def _checkpoint_bytes(engine: Engine) -> int:
+    """What one checkpoint of the whole run takes, as if this rank's share were everyone's."""
+    return owned_state(list(engine.named_state())) * dist.get_world_size()
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}

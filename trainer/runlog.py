@@ -1,0 +1,128 @@
+"""Where a run's records and events go: the files, W&B and, without an agent, the terminal. Rank 0 only."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig, Terminal
+from trainer.metrics.goodput import GoodputMeter
+from trainer.metrics.jsonl import events_writer, metrics_writer, read_events, read_metrics
+from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
+from trainer.metrics.terminal import TerminalView
+from trainer.metrics.wandb_sink import WandbSink
+
+
+class RunLog:
+    """Writes to every sink. On ranks other than 0 it is made with ``active=False`` and does nothing.
+
+    Args:
+        run_dir: of the run.
+        config: resolved.
+        config_values: the same as plain values, for W&B.
+        active: whether this rank logs.
+        terminal: whether to show the run here (an agent shows it otherwise).
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        config_values: Mapping[str, Any],
+        *,
+        active: bool,
+        terminal: bool,
+    ) -> None:
+        self.active = active
+        self.run_dir = run_dir
+        self._meter: GoodputMeter | None = None
+        self._step = 0
+        if not active:
+            return
+        self._metrics = metrics_writer(run_dir)
+        self._events = events_writer(run_dir)
+        self._view: TerminalView | None = None
+        if terminal and config.logger.terminal is not Terminal.off:
+            self._view = TerminalView(
+                config.logger.terminal.value, config.train.steps, name=f"{config.run.name}/{config.run.id}"
+            )
+        wandb = config.logger.wandb
+        self._wandb = WandbSink(
+            run_dir,
+            mode=wandb.mode.value,
+            run_id=wandb_id(config),
+            project=wandb.project,
+            name=f"{config.run.name}/{config.run.id}",
+            group=config.run.group,
+            entity=wandb.entity,
+            config=config_values,
+            on_alarm=lambda kind, message: self.event("alarm", self._step, kind=kind, message=message),
+        )
+
+    def begin(self, step: int, start: Mapping[str, Any], resume: Mapping[str, Any] | None) -> None:
+        """Open a generation at ``step``: forget records of later steps, write ``start`` and ``resume``."""
+        if not self.active:
+            return
+        self._step = step
+        self._metrics.truncate_after(step)
+        self.event("start", step, **start)
+        if resume is not None:
+            self.event("resume", step, **resume)
+        # Only now are the files as the meter wants them.
+        self._meter = GoodputMeter(
+            read_events(self.run_dir / EVENTS_FILE), read_metrics(self.run_dir / METRICS_FILE)
+        )
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """Write one event to every sink."""
+        if not self.active:
+            return
+        record = {"time": time.time(), "step": step, "event": event, **fields}
+        self._events.write(record)
+        if self._meter is not None:
+            self._meter.event(record)
+        if self._view is not None:
+            self._view.event(record)
+        self._wandb.event(record)
+
+    def metrics(self, record: dict[str, Any], step_seconds: float) -> None:
+        """Write one logged step. ``step_seconds`` is the wall time of the steps since the last one."""
+        if not self.active:
+            return
+        assert self._meter is not None, "begin() comes first"
+        self._step = record["step"]
+        self._meter.steps(step_seconds)
+        now = time.time()
+        record = {**record, "time": now, **self._meter.metrics(now)}
+        self._metrics.write(record)
+        if self._view is not None:
+            self._view.metrics(record)
+        self._wandb.metrics(record)
+
+    def goodput(self) -> float:
+        """So far, 0 to 1."""
+        return self._meter.metrics(time.time())["ft/goodput"] if self._meter is not None else 0.0
+
+    def seconds(self) -> float:
+        """Wall seconds since the run's first start."""
+        events = read_events(self.run_dir / EVENTS_FILE) if self.active else []
+        first = next((event["time"] for event in events if event["event"] == "start"), time.time())
+        return time.time() - first
+
+    def close(self) -> None:
+        """Flush and end every sink of this generation."""
+        if not self.active:
+            return
+        if self._view is not None:
+            self._view.close()
+        self._wandb.close()
+        self._metrics.close()
+        self._events.close()
+
+
+def wandb_id(config: RunConfig) -> str:
+    """The W&B id of a run: the same in every generation, another for another run directory."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", f"{config.run.name}-{config.run.id}")[:64]
