@@ -13,9 +13,10 @@ from launch.view import RunView
 from launch.workers import Plan, worker_command
 from parallel.errors import ConfigError
 from trainer.compose import absolute_paths
-from trainer.config import Device, Machine, RunConfig, resolve, validate
+from trainer.config import Device, Machine, RunConfig, resolve
 from trainer.environment import count_gpus, describe
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
+from trainer.rules import validate
 from trainer.rundir import RunDirectory
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, Transformer, ValueType
 from omegaconf import OmegaConf
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,8 +26,8 @@ from parallel.errors import ConfigError
 from trainer import overrides as grammar
 from trainer.compose import compose, compose_raw, to_run_config, write_atomically
 from trainer.config import RunConfig
-from trainer.metrics.jsonl import read_metrics
-from trainer.metrics.schema import METRICS_FILE
+from trainer.metrics.jsonl import read_events, read_metrics
+from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
 from trainer.rundir import choose_id
 
 Train = Callable[[RunConfig], Outcome]
@@ -185,14 +186,17 @@ def _measure(point: Point) -> None:
     def last(name: str) -> float | None:
         return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
 
-    point.train_loss, point.valid_loss = last("loss/train"), last("loss/valid")
+    events = read_events(Path(point.run_dir) / EVENTS_FILE)
+    finish = next((event for event in reversed(events) if event.get("event") == "finish"), {})
+    point.train_loss = last("loss/train")
+    point.valid_loss = finish["loss_valid"] if finish.get("loss_valid") is not None else last("loss/valid")
     point.tokens_per_second = last("perf/tokens_per_second")
 
 
 def _table(name: str, points: list[Point]) -> Table:
-    table = Table(title=f"sweep {name}", title_justify="left")
+    table = Table(title=f"sweep {name}", title_justify="left", box=box.SIMPLE)
     for column in ("", "overrides", "status", "train loss", "valid loss", "tokens/s", "run"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("", "status"))
     for point in points:
         color = {"done": "green", "stopped": "yellow"}.get(point.status, "red")
         table.add_row(
@@ -202,9 +206,14 @@ def _table(name: str, points: list[Point]) -> Table:
             _number(point.train_loss, ".4f"),
             _number(point.valid_loss, ".4f"),
             _number(point.tokens_per_second, ",.0f"),
-            Text(point.run_dir if point.status != "invalid" else point.message),
+            Text(_shown(point.run_dir) if point.status != "invalid" else point.message),
         )
     return table
+
+
+def _shown(path: str) -> str:
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _number(value: float | None, form: str) -> str:

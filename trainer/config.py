@@ -1,9 +1,9 @@
-"""The schema of a run, the filling of its blanks and the rules between its fields.
+"""The schema of a run and the filling of its blanks.
 
 ``conf/*.yaml`` gives values, these dataclasses give names, types and neutral defaults. A config goes
-through :func:`resolve` (fills every ``-1`` from the machine; pure) and :func:`validate` (checks the
-rules that join fields; never writes) before it is frozen into the run directory. Nothing here imports
-torch, so that a typo is reported in milliseconds.
+through :func:`resolve` (fills every ``-1`` from the machine; pure) and :func:`trainer.rules.validate` (checks
+the rules that join fields; never writes) before it is frozen into the run directory. Neither imports torch,
+so that a typo is reported in milliseconds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from parallel.dims import ParallelDims, divisors, nearest
+from parallel.dims import ParallelDims
 from parallel.errors import ConfigError
-
-__all__ = ["ConfigError", "Machine", "RunConfig", "parallel_dims", "resolve", "validate"]
 
 
 class Device(Enum):
@@ -386,8 +384,8 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
         c.launcher.nproc_per_node = machine.num_gpus if c.device is Device.cuda else 1
     if c.train.num_threads == -1:
         c.train.num_threads = max(1, machine.num_cpus // max(1, c.launcher.nproc_per_node))
-    _require(c.launcher.nnodes >= 1, "launcher.nnodes", c.launcher.nnodes, "there is at least one node", "1")
-    _require(
+    require(c.launcher.nnodes >= 1, "launcher.nnodes", c.launcher.nnodes, "there is at least one node", "1")
+    require(
         c.launcher.nproc_per_node >= 1,
         "launcher.nproc_per_node",
         c.launcher.nproc_per_node,
@@ -397,7 +395,7 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     dims = parallel_dims(c)
     c.parallel.dp_shard = dims.dp_shard
     if c.train.micro_batch == -1:
-        _check_batch(c, dims.dp)
+        check_batch(c, dims.dp)
         c.train.micro_batch = c.train.global_batch // dims.dp
     if c.model.head_dim == -1 and c.model.num_heads > 0:
         c.model.head_dim = c.model.dim // c.model.num_heads
@@ -410,88 +408,14 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     return c
 
 
-def validate(config: RunConfig) -> None:
-    """Check every rule that joins fields of a resolved config. Reads only.
-
-    Raises:
-        ConfigError: the first rule that does not hold.
-    """
-    dims = parallel_dims(config)
-    _check_ranges(config)
-    _check_batch(config, dims.dp)
-    _check_model(config.model)
-    if config.layout.num_experts:
-        _require(
-            config.layout.name != "dense",
-            "layout.num_experts",
-            config.layout.num_experts,
-            f"layout=dense has no experts, but model={config.model.name} or an override asks for some",
-            "layout=mixtral, or layout.num_experts=0",
-        )
-        _check_layout(config, dims)
-    else:
-        _require(
-            dims.ep == 1,
-            "parallel.ep",
-            dims.ep,
-            f"layout={config.layout.name} has no experts to spread over ep ranks",
-            "parallel.ep=1 or a layout with experts (layout=mixtral)",
-        )
-    _check_data(config, dims)
-    _check_optim(config)
-    _require(
-        config.checkpoint.keep_last >= 1,
-        "checkpoint.keep_last",
-        config.checkpoint.keep_last,
-        "at least one checkpoint is kept",
-        "checkpoint.keep_last=1",
-    )
-    for index, callback in enumerate(config.callbacks):
-        _check_dotted(f"callbacks[{index}].target", callback.target)
-    for where in ("model", "layout", "data"):
-        target = getattr(config, where).target
-        if target is not None:
-            _check_dotted(f"{where}.target", target)
-
-
-def _require(holds: bool, name: str, value: object, relation: str, fix: str) -> None:
+def require(holds: bool, name: str, value: object, relation: str, fix: str) -> None:
+    """Raise ConfigError(name, value, relation, fix) unless the rule holds."""
     if not holds:
         raise ConfigError(name, value, relation, fix)
 
 
-_POSITIVE = (
-    "model.dim model.num_layers model.num_heads model.num_kv_heads model.ffn_dim model.head_dim "
-    "layout.granularity layout.moe_every train.global_batch train.micro_batch train.seq_len "
-    "train.num_threads eval.max_rows logger.every data.tokenizer.vocab_size"
-).split()
-_NOT_NEGATIVE = (
-    "layout.num_experts layout.num_shared_experts layout.first_dense_layers layout.balance.coefficient "
-    "layout.balance.router_z layout.balance.bias_update_rate optim.lr optim.weight_decay "
-    "optim.max_grad_norm optim.warmup_steps optim.decay_steps eval.every eval.sample_tokens "
-    "checkpoint.every checkpoint.keep_every resilience.max_restarts train.steps train.seed"
-).split()
-
-
-def _get(config: RunConfig, path: str) -> Any:
-    node: Any = config
-    for part in path.split("."):
-        node = getattr(node, part)
-    return node
-
-
-def _check_ranges(config: RunConfig) -> None:
-    for path in _POSITIVE:
-        value = _get(config, path)
-        _require(value > 0, path, value, "must be above 0", f"{path}=1")
-    for path in _NOT_NEGATIVE:
-        value = _get(config, path)
-        _require(value >= 0, path, value, "must not be negative", f"{path}=0")
-    for path in ("resilience.collective_timeout_seconds", "resilience.stop_grace_seconds"):
-        value = _get(config, path)
-        _require(value > 0, path, value, "must be above 0 seconds", f"{path}=60")
-
-
-def _check_batch(config: RunConfig, dp: int) -> None:
+def check_batch(config: RunConfig, dp: int) -> None:
+    """Raise ConfigError unless the global batch is whole micro-batches on every rank."""
     train = config.train
     micro = max(1, train.micro_batch)
     unit = micro * dp
@@ -504,188 +428,3 @@ def _check_batch(config: RunConfig, dp: int) -> None:
             f"must be a multiple of {what}, so that every rank gets whole micro-batches",
             f"train.global_batch={fitting}",
         )
-
-
-def _check_model(model: ModelConfig) -> None:
-    _require(
-        model.vocab_size == -1 or model.vocab_size > 0,
-        "model.vocab_size",
-        model.vocab_size,
-        "must be above 0, or -1 for the tokenizer's",
-        "model.vocab_size=-1",
-    )
-    if model.target is not None:
-        return
-    if model.attention is AttentionKind.gqa:
-        _require(
-            model.num_heads % model.num_kv_heads == 0,
-            "model.num_kv_heads",
-            model.num_kv_heads,
-            f"must divide model.num_heads = {model.num_heads}",
-            f"model.num_kv_heads={nearest(model.num_kv_heads, divisors(model.num_heads))}",
-        )
-        _require(
-            model.head_dim % 2 == 0,
-            "model.head_dim",
-            model.head_dim,
-            "rotary embeddings turn pairs of features, so head_dim is even",
-            f"model.head_dim={model.head_dim + 1}",
-        )
-    else:
-        for name, value in vars(model.mla).items():
-            _require(
-                value > 0, f"model.mla.{name}", value, "must be above 0 when model.attention=mla", "set it"
-            )
-        rope = model.mla.qk_rope_head_dim
-        _require(rope % 2 == 0, "model.mla.qk_rope_head_dim", rope, "must be even", f"{rope + 1}")
-
-
-def _check_layout(config: RunConfig, dims: ParallelDims) -> None:
-    layout = config.layout
-    num_experts = layout.num_experts
-    _require(
-        1 <= layout.top_k <= num_experts,
-        "layout.top_k",
-        layout.top_k,
-        f"a token goes to between 1 and layout.num_experts = {num_experts} experts",
-        f"layout.top_k={min(max(1, layout.top_k), num_experts)}",
-    )
-    _require(
-        num_experts % dims.ep == 0,
-        "parallel.ep",
-        dims.ep,
-        f"must divide layout.num_experts = {num_experts}",
-        f"parallel.ep={nearest(dims.ep, dims.legal_ep(num_experts))}",
-    )
-    _require(
-        layout.expert_ffn_dim > 0,
-        "layout.expert_ffn_dim",
-        layout.expert_ffn_dim,
-        "must be above 0, or -1 for model.ffn_dim / layout.granularity",
-        f"layout.expert_ffn_dim={config.model.ffn_dim}",
-    )
-    _require(
-        layout.num_groups >= 1 and num_experts % layout.num_groups == 0,
-        "layout.num_groups",
-        layout.num_groups,
-        f"must divide layout.num_experts = {num_experts}",
-        f"layout.num_groups={nearest(layout.num_groups, divisors(num_experts))}",
-    )
-    _require(
-        1 <= layout.top_groups <= layout.num_groups,
-        "layout.top_groups",
-        layout.top_groups,
-        f"between 1 and layout.num_groups = {layout.num_groups}",
-        f"layout.top_groups={min(max(1, layout.top_groups), layout.num_groups)}",
-    )
-    chosen_from = layout.top_groups * (num_experts // layout.num_groups)
-    _require(
-        layout.top_k <= chosen_from,
-        "layout.top_k",
-        layout.top_k,
-        f"the top {layout.top_groups} group(s) hold {chosen_from} experts to choose from",
-        f"layout.top_k={chosen_from}",
-    )
-    if layout.capacity_factor is not None:
-        _require(
-            layout.capacity_factor > 0,
-            "layout.capacity_factor",
-            layout.capacity_factor,
-            "must be above 0, or null for dropless",
-            "layout.capacity_factor=1.25",
-        )
-    _require(
-        layout.balance.bias_update_rate == 0 or layout.score is Score.sigmoid,
-        "layout.balance.bias_update_rate",
-        layout.balance.bias_update_rate,
-        "the auxiliary-loss-free bias is added to sigmoid scores (arXiv:2408.15664)",
-        "layout.score=sigmoid, or bias_update_rate=0 and balance.coefficient=0.01",
-    )
-    if layout.target is None:
-        # FSDP2 shards an expert along the model dimension and cannot pad there.
-        _require(
-            config.model.dim % dims.expert_shard == 0 and layout.expert_ffn_dim % dims.expert_shard == 0,
-            "parallel.ep",
-            dims.ep,
-            f"each expert is sharded over dp_shard·cp·tp/ep = {dims.expert_shard} ranks, which must divide "
-            f"model.dim = {config.model.dim} and layout.expert_ffn_dim = {layout.expert_ffn_dim}",
-            f"parallel.ep={max(dims.legal_ep(num_experts))}",
-        )
-
-
-def _check_data(config: RunConfig, dims: ParallelDims) -> None:
-    data = config.data
-    _require(
-        0.0 < data.valid_fraction < 1.0,
-        "data.valid_fraction",
-        data.valid_fraction,
-        "a share between 0 and 1 of the documents is held out",
-        "data.valid_fraction=0.05",
-    )
-    _require(
-        data.tokenizer.path is not None or data.tokenizer.vocab_size >= 260,
-        "data.tokenizer.vocab_size",
-        data.tokenizer.vocab_size,
-        "a byte-level BPE holds 256 bytes and its special tokens",
-        "data.tokenizer.vocab_size=4096",
-    )
-    if data.target is not None:
-        return
-    if data.source in (Source.text, Source.jsonl, Source.parquet):
-        _require(
-            data.path is not None,
-            "data.path",
-            None,
-            f"data={data.source.value} reads your files",
-            "data.path=FILE, a folder or a quoted glob",
-        )
-    if data.source is Source.hub:
-        _require(
-            data.name is not None,
-            "data.name",
-            None,
-            "data=hub reads a dataset by name",
-            "data.name=OWNER/NAME",
-        )
-        shards = data.virtual_shards
-        legal = [n for n in divisors(config.train.global_batch) if n % dims.dp == 0]
-        _require(
-            shards in legal,
-            "data.virtual_shards",
-            shards,
-            f"must divide train.global_batch = {config.train.global_batch} and be a multiple of dp = {dims.dp}",
-            f"data.virtual_shards={nearest(shards, legal)}",
-        )
-
-
-def _check_optim(config: RunConfig) -> None:
-    optim, steps = config.optim, config.train.steps
-    for name in ("beta1", "beta2"):
-        value = getattr(optim, name)
-        _require(0.0 <= value < 1.0, f"optim.{name}", value, "must be in [0, 1)", f"optim.{name}=0.9")
-    _require(
-        0.0 <= optim.min_lr_ratio <= 1.0,
-        "optim.min_lr_ratio",
-        optim.min_lr_ratio,
-        "a share of optim.lr between 0 and 1",
-        "optim.min_lr_ratio=0.1",
-    )
-    if optim.schedule is Schedule.wsd:
-        _require(
-            optim.decay_steps >= 1 and optim.warmup_steps + optim.decay_steps <= steps,
-            "optim.decay_steps",
-            optim.decay_steps,
-            f"wsd decays over at least 1 step, and warmup_steps + decay_steps fit into train.steps = {steps}",
-            f"optim.decay_steps={max(1, min(steps - optim.warmup_steps, steps // 5))}",
-        )
-
-
-def _check_dotted(name: str, target: str) -> None:
-    module, _, attribute = target.partition(":")
-    _require(
-        bool(module) and bool(attribute),
-        name,
-        repr(target),
-        "names a Python object as package.module:attribute",
-        f"{name}=my_package.my_module:MyClass",
-    )

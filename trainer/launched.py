@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from parallel.errors import ConfigError
 from trainer.compose import absolute_paths, compose, load_frozen
-from trainer.config import Machine, RunConfig, resolve, validate
+from trainer.config import Machine, RunConfig, resolve
 from trainer.environment import count_gpus, describe
+from trainer.rules import validate
 from trainer.run import Place
 from trainer.rundir import RunDirectory
 

@@ -12,7 +12,8 @@ import pytest
 
 from parallel.errors import ConfigError
 from trainer.compose import CONF_DIR, apply_overrides, compose, freeze, load_frozen
-from trainer.config import Machine, RunConfig, Score, resolve, validate
+from trainer.config import Machine, RunConfig, Score, resolve
+from trainer.rules import validate
 
 GROUPS = sorted(folder.name for folder in CONF_DIR.iterdir() if folder.is_dir())
 CHOICES = [
@@ -209,7 +210,7 @@ def test_apply_overrides_changes_a_copy() -> None:
     config = checked(["experiment=quickstart"])
     changed = apply_overrides(config, ["train.steps=9", "layout.score=sigmoid", "model.kwargs.a=1"])
     assert (changed.train.steps, changed.layout.score, changed.model.kwargs) == (9, Score.sigmoid, {"a": 1})
-    assert (config.train.steps, config.model.kwargs) == (300, {})
+    assert config == checked(["experiment=quickstart"])
 
 
 @pytest.mark.parametrize(

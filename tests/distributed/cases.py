@@ -9,8 +9,9 @@ import torch
 from parallel.mesh import build_meshes
 from tests.distributed import oracle
 from trainer.build import build_dispatcher, build_engine, build_model
-from trainer.config import Machine, RunConfig, parallel_dims, resolve, validate
+from trainer.config import Machine, RunConfig, parallel_dims, resolve
 from trainer.models.init import initialise
+from trainer.rules import validate
 from trainer.step import Stepper
 
 SMALL = [

@@ -10,8 +10,9 @@ from launch import resume
 from launch.resume import BLANKS, refill
 from parallel.errors import ConfigError
 from trainer.compose import apply_overrides, compose
-from trainer.config import Device, Machine, RunConfig, resolve, validate
+from trainer.config import Device, Machine, RunConfig, resolve
 from trainer.overrides import schema_types
+from trainer.rules import validate
 from trainer.rundir import RunDirectory
 
 MACHINE = Machine(num_cpus=8)

@@ -37,6 +37,8 @@ def train(config: RunConfig) -> Outcome:
     }
     lines = [record, {**record, "step": 2, "loss/valid": config.optim.lr / 2}, {**record, "step": 3}]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if config.optim.lr == 4e-3:  # the evaluation at the end is no step's
+        (run_dir / "events.jsonl").write_text('{"event": "finish", "time": 1, "loss_valid": 0.25}\n')
     return Outcome(0)
 
 
@@ -64,9 +66,9 @@ def test_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [Path(point.run_dir).name for point in points] == [
         f"{plan.name}-{number:02d}" for number in range(4)
     ]
-    assert [(point.train_loss, point.valid_loss) for point in points[:2]] == [(0.001, 0.0005), (0.004, 0.002)]
-    assert points[1].objective == 0.002
-    assert "layout=mixtral optim.lr=0.004" in table and "0.0020" in table
+    assert [(point.train_loss, point.valid_loss) for point in points[:2]] == [(0.001, 0.0005), (0.004, 0.25)]
+    assert points[1].objective == 0.25
+    assert "layout=mixtral optim.lr=0.004" in table and "0.2500" in table
     assert not [path for path in tmp_path.iterdir() if path.name != "runs"]
 
 

@@ -1,0 +1,49 @@
+"""Callbacks that tests plug in by dotted path."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from trainer.callbacks import Callback
+from trainer.data.batch import Batch
+from trainer.loop import Trainer
+
+
+class RecordSamples(Callback):
+    """Appends {step, samples} of every step this rank begins to a file of its own."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        samples = [int(i) for batch in batches for i in batch.sample_ids]
+        with (self.folder / f"rank-{trainer.rank}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": trainer.state.step, "samples": samples}) + "\n")
+
+
+class KillAt(Callback):
+    """SIGKILLs its own process once at each given (step, rank), in the middle of the step."""
+
+    def __init__(self, folder: str, at: list[list[int]]) -> None:
+        self.folder = Path(folder)
+        self.at = {tuple(pair) for pair in at}
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        step = trainer.state.step
+        if (step, trainer.rank) in self.at:
+            self.folder.mkdir(exist_ok=True)
+            mark = self.folder / f"killed-{step}-{trainer.rank}"
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAlways(Callback):
+    """SIGKILLs its process at every first step."""
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,75 @@
+"""kill -9 of workers changes nothing: not one bit of the weights, not one sample."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.command import Workplace
+
+STEPS, GLOBAL_BATCH = 30, 8
+
+
+def callback(name: str, **kwargs: object) -> str:
+    """An entry of ``callbacks`` in Hydra's grammar, whose keys carry no quotes."""
+    values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in kwargs.items())
+    return f'{{target: "tests.chaos.plugins:{name}", kwargs: {{{values}}}}}'
+
+
+def samples_by_step(folder: Path) -> dict[int, list[list[int]]]:
+    """Each step's samples over all ranks, one entry an attempt that all ranks began."""
+    ranks = [
+        [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(folder.iterdir())
+    ]
+    attempts: dict[int, list[list[int]]] = {}
+    for step in range(STEPS):
+        tries = [[line["samples"] for line in rank if line["step"] == step] for rank in ranks]
+        last = [rank[-1] for rank in tries]
+        attempts[step] = [sorted(sample for rank in last for sample in rank)]
+        for rank in tries:
+            assert all(again == rank[0] for again in rank), f"step {step} read other samples when redone"
+    return attempts
+
+
+@pytest.mark.parametrize("layout", ["layout=mixtral", "layout=deepseek"])
+def test_three_kills_leave_the_same_bits(workplace: Workplace, layout: str) -> None:
+    common = [
+        layout,
+        "launcher.nproc_per_node=2",
+        "parallel.ep=2",
+        f"train.steps={STEPS}",
+        "checkpoint.every=4",
+        "eval.every=10",
+    ]
+    workplace.train(*common, "run.id=calm")
+    calm = workplace.path / "runs" / "e2e" / "calm"
+    chance = random.Random(layout)
+    kills = [[step, chance.randrange(2)] for step in sorted(chance.sample(range(1, STEPS), 3))]
+    marks, seen = workplace.path / "marks", workplace.path / "seen"
+    recorder = callback("RecordSamples", folder=str(seen))
+    killer = callback("KillAt", folder=str(marks), at=kills)
+    output = workplace.train(*common, f"callbacks=[{recorder},{killer}]")
+
+    failures = workplace.events("failure")
+    assert [event["rank"] for event in failures] == [rank for _, rank in kills]
+    assert all(event["kind"] == "crash" and "SIGKILL" in event["cause"] for event in failures)
+    assert len(workplace.events("restart")) == 3
+    assert "SIGKILL" in output, "the user is told"
+    assert workplace.digest() == workplace.digest(calm)
+    assert workplace.losses() == workplace.losses(calm), "every step is logged once, with the same bits"
+    assert sorted(workplace.losses()) == list(range(1, STEPS + 1))
+    read = [sample for step in samples_by_step(seen).values() for sample in step[0]]
+    assert sorted(read) == list(range(STEPS * GLOBAL_BATCH)), "each sample once, none missing"
+    resumed = [event["step"] for event in workplace.events("resume")]
+    assert all(step % 4 == 0 or step % 10 == 0 for step in resumed), "from checkpoints that were committed"
+
+
+def test_a_run_that_always_dies_gives_up_and_says_why(workplace: Workplace) -> None:
+    bomb = callback("KillAlways")
+    output = workplace.train(f"callbacks=[{bomb}]", "train.steps=5", "resilience.max_restarts=1", expect=70)
+    assert "Gave up after 1 restart(s)" in output
+    assert "SIGKILL" in output
+    assert "Traceback" not in output
