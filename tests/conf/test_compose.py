@@ -231,6 +231,7 @@ def test_apply_overrides_mistakes(override: str, message: str) -> None:
 def test_composing_needs_no_torch() -> None:
     code = (
         "import sys; from trainer.compose import compose; from trainer.config import *; "
+        "from trainer.rules import validate; "
         "c = resolve(compose(['layout=switch']), Machine(2)); validate(c); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF_DIR.parent).returncode == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,9 @@ import torch
 from parallel.mesh import build_meshes
 from tests.distributed import oracle
 from trainer.build import build_dispatcher, build_engine, build_model
+from trainer.checkpoint.digest import weights_digest
+from trainer.checkpoint.durable import DurableCheckpointer
+from trainer.checkpoint.resume import newest_valid
 from trainer.config import Machine, RunConfig, parallel_dims, resolve
 from trainer.models.init import initialise
 from trainer.rules import validate
@@ -95,3 +100,47 @@ def assemble(per_rank: list[list[Any]]) -> dict[str, torch.Tensor]:
     for name, mask in seen.items():
         assert bool((mask == 1).all()), f"{name}: some elements are owned by no rank or by several"
     return whole
+
+
+def train_with_checkpoints(
+    rank: int, world: int, config: RunConfig, steps: int, directory: str, start: int
+) -> dict[str, Any]:
+    """Load the newest checkpoint of ``directory`` if there is one (it must be of step ``start``), train to
+    ``steps``, save there. Returns losses by step, and the digest."""
+    dims = parallel_dims(config)
+    meshes = build_meshes(dims, "cpu")
+    engine = build_engine(config, meshes, torch.device("cpu"))
+    engine.prepare(build_model(config, build_dispatcher(meshes)))
+    initialise(engine.model, engine.named_state(), config.train.seed)
+    saver = DurableCheckpointer(Path(directory), rank, world, f"{start}-{world}-{dims.ep}", 2, 0, 60.0)
+    found = newest_valid(Path(directory))
+    assert (found.step if found else 0) == start
+    if found:
+        found.load_into(engine.named_state())
+    stepper = Stepper(engine, config, torch.device("cpu"), wants_stop=lambda: False)
+    share, micro = config.train.global_batch // dims.dp, config.train.micro_batch
+    first, losses = dims.dp_rank(rank) * share, {}
+    for step in range(start, steps):
+        batch = oracle.batch_of_step(config, step)
+        batches = [oracle.rows(batch, i, i + micro) for i in range(first, first + share, micro)]
+        result = stepper.train_step(step, batches)
+        losses[step] = result.totals.mean(result.totals.cross_entropy)
+    saver.save(steps, engine.named_state(), {"step": steps}, {}, {})
+    saver.wait()
+    own = weights_digest(piece for piece in engine.named_state() if piece.name.startswith("model."))
+    return {"losses": losses, "digest": own}
+
+
+def save_without_rank_1(rank: int, world: int, config: RunConfig, directory: str) -> None:
+    """A checkpoint to which rank 1 brings its biggest expert tensor as if somebody else owned it."""
+    meshes = build_meshes(parallel_dims(config), "cpu")
+    engine = build_engine(config, meshes, torch.device("cpu"))
+    engine.prepare(build_model(config, build_dispatcher(meshes)))
+    initialise(engine.model, engine.named_state(), 0)
+    slices = [
+        replace(piece, owner=piece.owner and not (rank == 1 and piece.name.endswith("experts.w1")))
+        for piece in engine.named_state()
+    ]
+    saver = DurableCheckpointer(Path(directory), rank, world, "a", 1, 0, 30.0)
+    saver.save(1, slices, {}, {}, {})
+    saver.wait()
