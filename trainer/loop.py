@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Trainer:
     hardware: Hardware
     control: dist.ProcessGroup
     state: TrainState = field(default_factory=TrainState)
+    _since_log: list[float] = field(default_factory=list)
 
     def train(self) -> bool:
         """Run to the last step, or until asked to stop. Returns whether the run is finished. Collective.
@@ -79,7 +81,6 @@ class Trainer:
             callback.on_start(self)
         if state.step == 0 and config.eval.every:
             state.untrained_loss = self.evaluate()
-        self._since_log: list[float] = []
         while state.step < config.train.steps:
             result = self.step()
             last = state.step == config.train.steps
@@ -246,8 +247,8 @@ class Trainer:
         )
 
 
-def owned_state(slices: list[StateSlice]) -> int:
-    """Bytes of this rank's part of a checkpoint."""
+def owned_bytes(slices: Iterable[StateSlice]) -> int:
+    """Size of this rank's part of a checkpoint."""
     return sum(piece.tensor.numel() * piece.tensor.element_size() for piece in slices if piece.owner)
 
 

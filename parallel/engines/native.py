@@ -62,6 +62,7 @@ class NativeEngine:
     def prepare(self, model: nn.Module) -> None:
         self.model = model
         self._placements = placements(model)
+        self._persistent = set(model.state_dict(keep_vars=True))
         if self.meshes.dims.world_size > 1:
             self._cut_experts(model, self.meshes)
             self._fully_shard(model, self.meshes)
@@ -95,9 +96,8 @@ class NativeEngine:
     def named_state(self) -> Iterator[StateSlice]:
         for name, parameter in self._masters.items():
             yield self._slice(f"model.{name}", name, parameter, _local(parameter.detach()))
-        persistent = self.model.state_dict(keep_vars=True).keys()
         for name, buffer in self.model.named_buffers():
-            if name in persistent:
+            if name in self._persistent:
                 yield _replicated(f"model.{name}", buffer, self.rank)
         for name, parameter in self._masters.items():
             slots = self.optimizer.state.get(self._locals[name], {})

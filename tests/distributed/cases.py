@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from parallel.errors import ConfigError
 from parallel.mesh import build_meshes
 from tests.distributed import oracle
 from trainer.build import build_dispatcher, build_engine, build_model
@@ -144,3 +146,17 @@ def save_without_rank_1(rank: int, world: int, config: RunConfig, directory: str
     saver = DurableCheckpointer(Path(directory), rank, world, "a", 1, 0, 30.0)
     saver.save(1, slices, {}, {}, {})
     saver.wait()
+
+
+def see_directory(rank: int, world: int, directories: list[str]) -> str:
+    """Each rank looks at a directory of its own; what it is told."""
+    from trainer import run
+
+    run._SHARED_SECONDS = 0.1
+    control = dist.new_group(backend="gloo")
+    place = run.Place(rank, rank, world, generation=0, store=dist.HashStore(), agent=False)
+    try:
+        run._prove_shared(Path(directories[rank]), place, control)
+    except ConfigError as error:
+        return str(error)
+    return "seen"
