@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 
@@ -34,6 +35,8 @@ An override is key=value (optim.lr=1e-3) or the choice of a file of conf/ (layou
 Exit codes: 0 done · 2 a config or input error · 75 stopped, resumable · 70 gave up after repeated failures
 """
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 _COMMANDS = {
     "train": ("launch.train", "main"),
     "resume": ("launch.resume", "main"),
@@ -50,6 +53,11 @@ def main() -> int:
         outcome = run(sys.argv[1:])
     except ConfigError as error:
         outcome = Outcome(EXIT_CONFIG, str(error))
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        outcome = Outcome(EXIT_CONFIG, f"{place}{error.strerror}. Fix: free space there, or set run.root.")
     except KeyboardInterrupt:
         outcome = Outcome(EXIT_STOPPED, "Stopped.")
     if outcome.message:

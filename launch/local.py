@@ -27,6 +27,13 @@ def complete_config(asked: RunConfig) -> RunConfig:
         ConfigError: the first rule that does not hold, those of the local launcher included.
     """
     num_gpus = count_gpus()
+    if asked.device is Device.cuda and num_gpus == 0:
+        raise ConfigError(
+            "device",
+            "cuda",
+            "takes a GPU, and this machine has none that torch can use",
+            "device=cpu, or device=auto",
+        )
     config = resolve(absolute_paths(asked), Machine.here(num_gpus))
     launcher = config.launcher
     if launcher.nnodes != 1:

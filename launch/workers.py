@@ -7,17 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainer.metrics.jsonl import decode
 
 _TAIL_BYTES = 4000
 _TAIL_LINES = 12
+_REPORT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,18 @@ class Plan:
 
 @dataclass
 class Worker:
-    """One process. ``seen_alive`` is the unix time when it last was, ``code`` its exit code (−signal)."""
+    """One process.
+
+    Attributes:
+        report_file: what it says about its own death, in memory: a full disk must not silence it.
+        seen_alive: unix time when it last was.
+        code: its exit code (−signal).
+    """
 
     rank: int
     process: subprocess.Popen[bytes]
     log: Path
-    error_file: Path
+    report_file: BinaryIO
     seen_alive: float
     code: int | None = None
 
@@ -62,11 +70,9 @@ class Worker:
 
     def report(self) -> dict[str, Any] | None:
         """What it wrote about its own death: {kind, cause, exit_code}, with the ``time`` of writing."""
-        try:
-            found = decode(self.error_file.read_bytes())
-            return None if found is None else {**found, "time": self.error_file.stat().st_mtime}
-        except OSError:
-            return None
+        descriptor = self.report_file.fileno()
+        found = decode(os.pread(descriptor, _REPORT_BYTES, 0))
+        return None if found is None else {**found, "time": os.fstat(descriptor).st_mtime}
 
     def log_tail(self) -> str:
         """The end of what it printed."""
@@ -99,7 +105,7 @@ class WorkerGroup:
 
     def _start(self, plan: Plan, run_dir: Path, folder: Path, local_rank: int) -> Worker:
         rank = plan.first_rank + local_rank
-        log, error_file = folder / f"rank-{rank}.log", folder / f"rank-{rank}.error.json"
+        log, report_file = folder / f"rank-{rank}.log", _memory_file()
         env = {
             **os.environ,
             **plan.env,
@@ -113,7 +119,7 @@ class WorkerGroup:
             "MUSTER_AGENT_PID": str(os.getpid()),
             "MUSTER_RUN_DIR": str(run_dir),
             "MUSTER_GENERATION": str(self.generation),
-            "MUSTER_ERROR_FILE": str(error_file),
+            "MUSTER_ERROR_FILE": f"/dev/fd/{report_file.fileno()}",
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",  # a segfault leaves its stack in the log
         }
@@ -126,8 +132,9 @@ class WorkerGroup:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=[report_file.fileno()],
             )
-        return Worker(rank, process, log, error_file, seen_alive=time.time())
+        return Worker(rank, process, log, report_file, seen_alive=time.time())
 
     def poll(self) -> list[Worker]:
         """Notice exits; the workers that have exited so far."""
@@ -164,6 +171,13 @@ class WorkerGroup:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+
+
+def _memory_file() -> BinaryIO:
+    """A file without a name; off any disk where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("muster-report"), "r+b")
+    return tempfile.TemporaryFile()
 
 
 def worker_command(config: Path) -> list[str]:

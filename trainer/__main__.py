@@ -9,12 +9,11 @@ Without `muster`, rank 0 composes the config and chooses the run directory, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +22,6 @@ from trainer.process import die_with_parent
 
 EXIT_CONFIG = 2
 EXIT_STOPPED = 75
-_STORE_TIMEOUT = timedelta(minutes=10)
 
 
 def main(argv: list[str]) -> int:
@@ -43,10 +41,10 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         _report("config", str(error), EXIT_CONFIG)
         if first_to_speak():
-            print(f"muster: {error}", file=sys.stderr, flush=True)
+            _say(f"muster: {error}")
         _leave(EXIT_CONFIG)
     except BaseException as error:
-        traceback.print_exc()
+        _say("".join(traceback.format_exception(error)).rstrip())
         _report("crash", "".join(traceback.format_exception_only(error)).strip(), 1)
         # No collective, no destructor that waits for a peer: the others are told by our death.
         _leave(1)
@@ -62,20 +60,20 @@ def _always() -> bool:
 def _report(kind: str, cause: str, exit_code: int) -> None:
     """Tell the agent why this process ends, before its connections close."""
     path = os.environ.get("MUSTER_ERROR_FILE")
-    if path is None:
-        return
-    record = {"kind": kind, "cause": cause, "exit_code": exit_code, "time": time.time()}
-    aside = Path(f"{path}.{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(record) + "\n")
-        aside.replace(path)
-    except OSError as error:
-        print(f"cannot write {path}: {error}", file=sys.stderr)
+    if path is not None:
+        Path(path).write_text(json.dumps({"kind": kind, "cause": cause, "exit_code": exit_code}) + "\n")
+
+
+def _say(text: str) -> None:
+    # The log may be on the very disk that is full.
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

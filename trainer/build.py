@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -22,9 +21,10 @@ from trainer.checkpoint.resume import open_checkpoint
 from trainer.compose import load_frozen
 from trainer.config import Device, Dtype, RunConfig
 from trainer.data.tokenizer import TextTokenizer
-from trainer.models.transformer import Transformer
+from trainer.models.init import fill_buffers
+from trainer.models.transformer import Transformer, default_feed_forward, takes
 from trainer.optim import make_adamw
-from trainer.plugins import load_target
+from trainer.plugins import call_target
 
 
 def torch_dtype(config: RunConfig) -> torch.dtype:
@@ -37,19 +37,70 @@ def build_model(config: RunConfig, dispatcher: Dispatcher) -> nn.Module:
 
     ``model.target`` is called as ``target(config, dispatcher, **model.kwargs)`` and ``layout.target`` as
     ``target(config, layer_index, dispatcher, **layout.kwargs)``.
+
+    Raises:
+        ConfigError: a target cannot be called so, raised, or made something that is no such module.
     """
-    make_feed_forward = None
-    if config.layout.target is not None:
-        layout_target = cast(Callable[..., nn.Module], load_target("layout.target", config.layout.target))
-
-        def make_feed_forward(c: RunConfig, index: int, d: Dispatcher) -> nn.Module:
-            return layout_target(c, index, d, **c.layout.kwargs)
-
     with torch.device("meta"):
         if config.model.target is None:
-            return Transformer(config, dispatcher, make_feed_forward)
-        model_target = cast(Callable[..., nn.Module], load_target("model.target", config.model.target))
-        return model_target(config, dispatcher, **config.model.kwargs)
+            make = default_feed_forward if config.layout.target is None else _target_feed_forward
+            return Transformer(config, dispatcher, make)
+        target = config.model.target
+        made = call_target("model.target", target, config, dispatcher, **config.model.kwargs)
+    model = _module("model.target", target, made, 3, "forward(tokens, targets=None, document_ids=None)")
+    _check_own_model(model, config)
+    return model
+
+
+def _target_feed_forward(config: RunConfig, index: int, dispatcher: Dispatcher) -> nn.Module:
+    target = config.layout.target
+    assert target is not None
+    made = call_target("layout.target", target, config, index, dispatcher, **config.layout.kwargs)
+    num_tensors = 1 if isinstance(made, nn.Module) and takes(made, 1) else 2
+    return _module("layout.target", target, made, num_tensors, "forward(x) or forward(x, targets)")
+
+
+def _module(field: str, target: str, made: object, num_tensors: int, form: str) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        relation = f"made a {type(made).__name__}, not a torch.nn.Module"
+        raise ConfigError(field, target, relation, "return a module")
+    if not takes(made, num_tensors):
+        given = f"forward{inspect.signature(made.forward)}"
+        raise ConfigError(
+            field, target, f"its module is called as {form} and has {given}", "give it that form"
+        )
+    return made
+
+
+def _check_own_model(model: nn.Module, config: RunConfig) -> None:
+    """What would otherwise only show after hours, or as wrong weights."""
+    target = str(config.model.target)
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            raise ConfigError(
+                "model.target",
+                target,
+                f"{names[parameter]} and {name} are one parameter, which sharding would tear in two",
+                f"keep {names[parameter]} alone and use it in both places (torch.nn.functional.linear)",
+            )
+        names[parameter] = name
+    persistent = model.state_dict(keep_vars=True).keys()
+    loose = [name for name, _ in model.named_buffers() if name not in persistent]
+    if loose and not any(hasattr(module, "init_buffers") for module in model.modules()):
+        raise ConfigError(
+            "model.target",
+            target,
+            f"buffer {loose[0]} was made on the meta device, is in no checkpoint and so never gets its values",
+            "write it in a method init_buffers(), which is called once there is storage",
+        )
+    if config.eval.sample_tokens and not takes(model, 1):
+        raise ConfigError(
+            "eval.sample_tokens",
+            config.eval.sample_tokens,
+            f"model.target={target} cannot be called without targets, which is how it would give logits",
+            "eval.sample_tokens=0, or forward(tokens, targets=None, document_ids=None)",
+        )
 
 
 def build_dispatcher(meshes: Meshes) -> Dispatcher:
@@ -75,7 +126,7 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
     callbacks = []
     for index, entry in enumerate(config.callbacks):
         field = f"callbacks[{index}].target"
-        made = cast(Callable[..., object], load_target(field, entry.target))(**entry.kwargs)
+        made = call_target(field, entry.target, **entry.kwargs)
         if not isinstance(made, Callback):
             raise ConfigError(
                 field,
@@ -109,6 +160,7 @@ def load_for_inference(path: Path) -> Inference:
     on_gpu = config.device is Device.cuda and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     model = build_model(config, LocalDispatcher()).to_empty(device=device)
+    fill_buffers(model)
     checkpoint.load_into(whole_state(model), prefix="model.")
     tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
     return Inference(config, model.eval(), tokenizer, device)

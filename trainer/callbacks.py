@@ -13,7 +13,7 @@ class Callback:
     """Subclass and override what you need. Hooks run on every rank, at the same point of the run.
 
     A hook that issues collectives must do so on every rank. An exception in a hook fails the run like any
-    other error. Metrics of your own: return them from :meth:`on_step_end` under names ``user/…``; rank 0's
+    other error. Metrics of your own: return numbers from :meth:`on_step_end` under names ``user/…``; rank 0's
     are logged.
     """
 
@@ -24,7 +24,8 @@ class Callback:
         """This rank's micro-batches of the step that begins (``trainer.state.step`` steps are done)."""
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, float] | None:
-        """After the optimizer step; ``metrics`` is what rank 0 logs, empty on other ranks and unlogged steps."""
+        """After each optimizer step; ``metrics`` is what rank 0 logs, empty on other ranks and on steps that
+        are not logged (``logger.every``), where what is returned is dropped."""
         return None
 
     def on_evaluation(self, trainer: Trainer, loss: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +199,28 @@ def freeze(config: RunConfig, path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by one rename, after its content is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace a file by one rename, after its content is on disk.
+
+    Raises:
+        ConfigError: the disk is full, or does not let us write there.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise ConfigError(
+            "run.root",
+            path,
+            f"cannot be written: {error.strerror} ({len(text.encode()):,} bytes needed)",
+            "free space there, or set run.root to a directory that you may write to",
+        ) from error
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

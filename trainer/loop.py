@@ -22,7 +22,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader import Loader, merge_states
 from trainer.data.prepare import PreparedData
 from trainer.generation import sample
-from trainer.metrics.step import Hardware, step_metrics
+from trainer.metrics.step import Hardware, check_user_metrics, step_metrics
 from trainer.runlog import RunLog
 from trainer.step import Stepper, StepResult
 
@@ -84,11 +84,12 @@ class Trainer:
         while state.step < config.train.steps:
             result = self.step()
             last = state.step == config.train.steps
-            improved = False
-            if _due(state.step, config.eval.every) or (last and config.eval.every):
-                improved = self._evaluate_and_log(result)
-            elif _due(state.step, config.logger.every) or last:
-                self._log_step(result, None)
+            evaluated = config.eval.every > 0 and (last or _due(state.step, config.eval.every))
+            logged = evaluated or last or _due(state.step, config.logger.every)
+            record = self._end_step(result, logged)
+            improved = evaluated and self._evaluate_and_log(record)
+            if logged and not evaluated:
+                self._write(record, None)
             if _due(state.step, config.checkpoint.every) or last or improved or result.stop:
                 self.save(best=improved)
             self._log_saves()
@@ -173,26 +174,27 @@ class Trainer:
         dist.all_gather_object(parts, own, group=self.control)
         return combine(parts)
 
-    def _evaluate_and_log(self, result: StepResult) -> bool:
+    def _evaluate_and_log(self, record: dict[str, Any]) -> bool:
         """Evaluate at this step and log it with the step; returns whether it is the best so far."""
         before = self.state.best_loss
-        step_record = self._record(result)  # its clock stops before the evaluation
         loss = self.evaluate()
-        self._write(step_record, loss)
+        self._write(record, loss)
         if before is not None and loss >= before:
             return False
         self.state.best_loss, self.state.best_step = loss, self.state.step
         return True
 
-    def _log_step(self, result: StepResult, valid_loss: float | None) -> None:
-        self._write(self._record(result), valid_loss)
-
-    def _record(self, result: StepResult) -> dict[str, Any]:
-        """Metrics of this step. The conversions to numbers are the only host syncs of a logged step."""
-        seconds = sum(self._since_log) / len(self._since_log)
-        record = step_metrics(result, self.config, self.hardware, seconds) if self.log.active else {}
-        for callback in self.callbacks:
-            record.update(callback.on_step_end(self, record) or {})
+    def _end_step(self, result: StepResult, logged: bool) -> dict[str, Any]:
+        """Metrics of this step where they are logged. The conversions to numbers are its only host syncs."""
+        record: dict[str, Any] = {}
+        if logged and self.log.active:
+            seconds = sum(self._since_log) / len(self._since_log)
+            record = step_metrics(result, self.config, self.hardware, seconds)
+        for index, callback in enumerate(self.callbacks):
+            own = callback.on_step_end(self, record) or {}
+            check_user_metrics(own, f"callbacks[{index}].target", self.config.callbacks[index].target)
+            if logged:
+                record.update(own)
         return record
 
     def _write(self, record: dict[str, Any], valid_loss: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import sys
 import traceback
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 
 from parallel.errors import ConfigError
 
-__all__ = ["load_target"]
+__all__ = ["call_target", "load_target"]
 
 
 def load_target(field: str, target: str) -> object:
@@ -48,6 +49,42 @@ def load_target(field: str, target: str) -> object:
     return found
 
 
+def call_target(field: str, target: str, *args: object, **kwargs: object) -> object:
+    """Load ``target`` and call it.
+
+    Args:
+        field: as for :func:`load_target`.
+        args: what Muster gives it.
+        kwargs: the user's own, from the ``kwargs`` beside ``target``.
+
+    Raises:
+        ConfigError: as :func:`load_target`; or it is not callable, does not take these arguments or raised.
+    """
+    found = load_target(field, target)
+    if not callable(found):
+        raise ConfigError(
+            field, target, f"is a {type(found).__name__}, not callable", "name a class or function"
+        )
+    given = ", ".join([*(type(arg).__name__ for arg in args), *(f"{name}=…" for name in kwargs)])
+    try:
+        inspect.signature(found).bind(*args, **kwargs)
+    except TypeError as error:
+        options = f"{field.rpartition('.')[0]}.kwargs"
+        fix = f"change its parameters, or {options}"
+        raise ConfigError(
+            field, target, f"is called as {target.partition(':')[2]}({given}): {error}", fix
+        ) from error
+    except ValueError:
+        pass  # some callables written in C tell nothing about their parameters
+    try:
+        return found(*args, **kwargs)
+    except ConfigError:
+        raise
+    except Exception as error:
+        relation = f"raised {type(error).__name__}: {error} ({_place(error)})"
+        raise ConfigError(field, target, relation, "mend it there") from error
+
+
 def _import(field: str, target: str, module_name: str) -> ModuleType:
     here = str(Path.cwd())
     # `python -m` puts the working directory on the path, an installed console script does not.
@@ -71,13 +108,16 @@ def _import(field: str, target: str, module_name: str) -> ModuleType:
 
 
 def _failed(field: str, target: str, module_name: str, error: Exception) -> ConfigError:
-    if isinstance(error, SyntaxError):
-        place = f"{error.filename}:{error.lineno}"
-    else:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{last.filename}:{last.lineno}"
-    relation = f"importing {module_name} raised {type(error).__name__}: {error} ({place})"
+    relation = f"importing {module_name} raised {type(error).__name__}: {error} ({_place(error)})"
     return ConfigError(field, target, relation, f"make `python -c 'import {module_name}'` work")
+
+
+def _place(error: Exception) -> str:
+    """``file:line`` where an exception was raised."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"
 
 
 def _suggestion(field: str, module_name: str, owner: object, name: str) -> str:

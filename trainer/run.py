@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,20 +21,23 @@ from parallel.errors import ConfigError
 from parallel.mesh import Meshes, build_meshes
 from trainer.build import build_callbacks, build_dispatcher, build_engine, build_model, torch_dtype
 from trainer.checkpoint.durable import DurableCheckpointer, check_room, check_writable, remove_stale
+from trainer.checkpoint.files import storage_error, write_durably
 from trainer.checkpoint.resume import Checkpoint, newest_valid, open_checkpoint
 from trainer.config import Device, RunConfig, parallel_dims
 from trainer.data.loader import build_loader, valid_batches
 from trainer.data.prepare import prepare_data
+from trainer.data.tokenizer import TextTokenizer
 from trainer.hardware import device_name, peak_flops
-from trainer.loop import Trainer, owned_state
+from trainer.loop import Trainer, owned_bytes
 from trainer.metrics.step import Hardware
 from trainer.models.cost import model_cost
-from trainer.models.init import initialise
+from trainer.models.init import fill_buffers, initialise
 from trainer.resilience import StopSignal
 from trainer.runlog import RunLog
 from trainer.step import Stepper
 
 _SAVE_TIMEOUT_SECONDS = 600.0
+_SHARED_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def _build_trainer(
     if place.rank == 0:
         check_writable(directory)
         remove_stale(directory, str(place.generation))
+    _prove_shared(directory, place, control)
     dp_rank = dims.dp_rank(place.rank)
     trainer = Trainer(
         config=config,
@@ -160,10 +166,38 @@ def _build_trainer(
         control=control,
     )
     if place.rank == 0:
-        prepared.tokenizer.save(run_dir / "tokenizer.json")
         check_room(directory, _checkpoint_bytes(engine))
+        _keep_tokenizer(prepared.tokenizer, run_dir / "tokenizer.json")
     _start(trainer, place, device)
     return trainer
+
+
+def _prove_shared(directory: Path, place: Place, control: dist.ProcessGroup) -> None:
+    """Every rank shows that it sees the directory that rank 0 sees: a checkpoint is written by all of them.
+
+    Raises (on every rank):
+        ConfigError: some do not; the message names their hosts.
+    """
+    probe = directory / f".seen-{place.generation}"
+    if place.rank == 0:
+        probe.touch()
+    dist.barrier(group=control)
+    until = time.monotonic() + _SHARED_SECONDS  # network file systems cache directories for a while
+    while not probe.exists() and time.monotonic() < until:
+        next(iter(directory.glob("*")), None)  # a listing makes the client look again
+        time.sleep(0.5)
+    blind: list[str | None] = [None] * place.world_size
+    dist.all_gather_object(blind, None if probe.exists() else socket.gethostname(), group=control)
+    if place.rank == 0:
+        probe.unlink()
+    if any(blind):
+        hosts = ", ".join(sorted({host for host in blind if host is not None}))
+        raise ConfigError(
+            "run.root",
+            directory,
+            f"every node must see the same run directory; {hosts} cannot see what rank 0 wrote there",
+            "run.root=DIRECTORY on a file system that all nodes share",
+        )
 
 
 def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
@@ -176,6 +210,7 @@ def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
     resume = None
     if found is None or weights_only:
         initialise(trainer.engine.model, trainer.engine.named_state(), config.train.seed)
+    fill_buffers(trainer.engine.model)  # before the load: what is in a checkpoint comes from there
     if found is not None and weights_only:
         weights = (piece for piece in trainer.engine.named_state() if piece.name.startswith("model."))
         found.load_into(weights, prefix="model.")
@@ -233,9 +268,19 @@ def _agree_on_checkpoint(trainer: Trainer, skipped: list[tuple[Path, str]]) -> C
     return found
 
 
+def _keep_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:
+    """Beside the checkpoints, for generation."""
+    content = tokenizer.to_json().encode()
+    try:
+        if not path.is_file() or path.read_bytes() != content:
+            write_durably(path, content)
+    except OSError as error:
+        raise storage_error(error, path, len(content), field="run.root") from error
+
+
 def _checkpoint_bytes(engine: Engine) -> int:
     """What one checkpoint of the whole run takes, as if this rank's share were everyone's."""
-    return owned_state(list(engine.named_state())) * dist.get_world_size()
+    return owned_bytes(engine.named_state()) * dist.get_world_size()
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

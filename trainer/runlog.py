@@ -8,9 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.files import storage_error
 from trainer.config import RunConfig, Terminal
 from trainer.metrics.goodput import GoodputMeter
-from trainer.metrics.jsonl import events_writer, metrics_writer, read_events, read_metrics
+from trainer.metrics.jsonl import (
+    JsonlWriter,
+    encode,
+    events_writer,
+    metrics_writer,
+    read_events,
+    read_metrics,
+)
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
 from trainer.metrics.terminal import TerminalView
 from trainer.metrics.wandb_sink import WandbSink
@@ -67,7 +75,10 @@ class RunLog:
         if not self.active:
             return
         self._step = step
-        self._metrics.truncate_after(step)
+        try:
+            self._metrics.truncate_after(step)
+        except OSError as error:
+            raise storage_error(error, self._metrics.path, 0, field="run.root") from error
         self.event("start", step, **start)
         if resume is not None:
             self.event("resume", step, **resume)
@@ -77,11 +88,11 @@ class RunLog:
         )
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        """Write one event to every sink."""
+        """Write one event to every sink. Raises StorageError if the disk does not take it."""
         if not self.active:
             return
         record = {"time": time.time(), "step": step, "event": event, **fields}
-        self._events.write(record)
+        _write(self._events, record)
         if self._meter is not None:
             self._meter.event(record)
         if self._view is not None:
@@ -89,7 +100,11 @@ class RunLog:
         self._wandb.event(record)
 
     def metrics(self, record: dict[str, Any], step_seconds: float) -> None:
-        """Write one logged step. ``step_seconds`` is the wall time of the steps since the last one."""
+        """Write one logged step. Raises StorageError if the disk does not take it.
+
+        Args:
+            step_seconds: wall time of the steps since the last one.
+        """
         if not self.active:
             return
         assert self._meter is not None, "begin() comes first"
@@ -97,7 +112,7 @@ class RunLog:
         self._meter.steps(step_seconds)
         now = time.time()
         record = {**record, "time": now, **self._meter.metrics(now)}
-        self._metrics.write(record)
+        _write(self._metrics, record)
         if self._view is not None:
             self._view.metrics(record)
         self._wandb.metrics(record)
@@ -121,6 +136,13 @@ class RunLog:
         self._wandb.close()
         self._metrics.close()
         self._events.close()
+
+
+def _write(writer: JsonlWriter, record: Mapping[str, Any]) -> None:
+    try:
+        writer.write(record)
+    except OSError as error:
+        raise storage_error(error, writer.path, len(encode(record)), field="run.root") from error
 
 
 def wandb_id(config: RunConfig) -> str:

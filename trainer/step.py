@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.engines.base import Engine
+from parallel.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.models.transformer import Losses
@@ -146,7 +147,18 @@ class Stepper:
         """Losses of one micro-batch of this rank."""
         batch = batch.to(self.device)
         documents = batch.document_ids if self.config.data.respect_documents else None
-        return self.engine.model(batch.tokens, batch.targets, documents)
+        found = self.engine.model(batch.tokens, batch.targets, documents)
+        if isinstance(found, Losses):
+            return found
+        if isinstance(found, Tensor) and found.dim() == 0:  # of a model of the user's own
+            return Losses(found, ())
+        shape = f" of shape {list(found.shape)}" if isinstance(found, Tensor) else ""
+        raise ConfigError(
+            "model.target",
+            self.config.model.target,
+            f"given targets, its forward returned a {type(found).__name__}{shape}",
+            "return trainer.models.transformer.Losses, or the summed cross-entropy as a tensor without dims",
+        )
 
     def objective(self, losses: Losses) -> Tensor:
         """Cross-entropy plus weighted auxiliary losses, as a sum over target tokens."""

@@ -253,12 +253,15 @@ def abandon(attempt: Attempt, rank: int, world_size: int, error: Exception) -> N
         remove_tree(attempt.tmp)
         if not noted:
             _try_write(attempt.failed, note)
+        remove_tree(attempt.tmp)  # again: a rank that had not seen the note may have written into it
     elif attempt.failed.exists():  # rank 0 has given up before: there is nobody to tell
         remove_tree(attempt.tmp)
     elif not attempt.part(rank).exists():  # else rank 0 may be about to commit this shard
         with suppress(OSError):
             (attempt.tmp / shard_name(rank)).unlink(missing_ok=True)
         _try_write(attempt.rank_failed(rank), note)
+        if attempt.failed.exists():  # rank 0 gave up meanwhile, maybe too early to remove this note
+            remove_tree(attempt.tmp)
 
 
 def _try_write(path: Path, note: bytes) -> bool:

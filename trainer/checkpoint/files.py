@@ -14,14 +14,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StorageError(ConfigError):
-    """A checkpoint could not be stored; what was committed before is untouched."""
+    """A checkpoint or a file beside it could not be stored; what was committed before is untouched."""
 
 
-def storage_error(error: OSError, path: Path, bytes_needed: int) -> StorageError:
+def storage_error(error: OSError, path: Path, bytes_needed: int, field: str = "checkpoint") -> StorageError:
     """What a failed write of ``bytes_needed`` bytes under ``path`` means to the user."""
     if error.errno in _FULL:
         return StorageError(
-            "checkpoint",
+            field,
             path,
             f"the disk is full: {bytes_needed:,} bytes needed, {_free(path):,} bytes free",
             "free space there, lower checkpoint.keep_last, or set run.root to a larger disk",
@@ -33,7 +33,7 @@ def storage_error(error: OSError, path: Path, bytes_needed: int) -> StorageError
     else:
         relation = f"the file system failed: {error.strerror or error}"
         fix = "check the disk or network mount, or set run.root to another one"
-    return StorageError("checkpoint", error.filename or path, relation, fix)
+    return StorageError(field, error.filename or path, relation, fix)
 
 
 def check_writable(directory: Path) -> None:

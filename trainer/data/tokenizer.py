@@ -93,6 +93,10 @@ class TextTokenizer:
         """Write a ``tokenizer.json``."""
         self._tokenizer.save(str(path))
 
+    def to_json(self) -> str:
+        """What ``save`` writes."""
+        return self._tokenizer.to_str(pretty=True)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without eos."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from parallel.errors import ConfigError
 from trainer.config import Dtype, RunConfig
-from trainer.metrics.schema import load_name
+from trainer.metrics.schema import USER_PREFIX, load_name
 from trainer.models.cost import Cost
 from trainer.models.transformer import is_moe_layer
 from trainer.step import StepResult
@@ -52,6 +54,23 @@ def step_metrics(result: StepResult, config: RunConfig, hardware: Hardware, seco
     return record
 
 
+def check_user_metrics(metrics: Mapping[str, object], field: str, target: str) -> None:
+    """Check what a callback wants logged.
+
+    Raises:
+        ConfigError: a name that is not the user's to use, or a value that is not a number.
+    """
+    for name, value in metrics.items():
+        if not name.startswith(USER_PREFIX):
+            relation = (
+                f"on_step_end returned the metric {name!r}; names of your own start with {USER_PREFIX!r}"
+            )
+            raise ConfigError(field, target, relation, f"{USER_PREFIX}{name}")
+        if not isinstance(value, (int, float)):
+            relation = f"on_step_end returned {name!r} as a {type(value).__name__}, not a number"
+            raise ConfigError(field, target, relation, "return float(value)")
+
+
 def _bytes_a_row(config: RunConfig) -> int:
     """A row travels to its expert and back, forward and backward; recomputation sends nothing."""
     return 4 * config.model.dim * (2 if config.train.dtype is Dtype.bf16 else 4)
@@ -59,8 +78,10 @@ def _bytes_a_row(config: RunConfig) -> int:
 
 def _load_metrics(counts_LE: Tensor, dropped_L: Tensor, config: RunConfig) -> dict[str, Any]:
     layers = [i for i in range(config.model.num_layers) if is_moe_layer(config, i)]
+    if len(layers) != len(counts_LE):  # layers of the user's own: numbered as they come
+        layers = list(range(len(counts_LE)))
     share_LE = counts_LE.double() / counts_LE.sum(1, keepdim=True).clamp_min(1)
-    loads: dict[str, Any] = {load_name(i): share.tolist() for i, share in zip(layers, share_LE, strict=False)}
+    loads: dict[str, Any] = {load_name(i): share.tolist() for i, share in zip(layers, share_LE, strict=True)}
     return {
         **loads,
         "moe/max_over_mean": float(share_LE.max()) * counts_LE.shape[1],

@@ -86,7 +86,7 @@ def event_text(event: Record) -> str:
 
 def event_line(event: Record) -> str:
     """An event for grep: ``failure  step 120  kind=crash rank=1 …``."""
-    skip = ("event", "time", "step", "config", "sample", "run_dir")
+    skip = ("event", "time", "step", "config", "sample", "run_dir", "evidence", "log")
     values = [
         f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={' '.join(str(value).split())}"
         for key, value in event.items()

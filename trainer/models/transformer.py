@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ class Block(nn.Module):
 
     With ``recompute`` only the block's input is kept and the rest computed again in backward, except the
     router's choice and what the all-to-all brought: those are recorded, so a token is never routed anew.
+
+    Args:
+        feed_forward: ``forward(x)``, or ``forward(x, targets)`` for one that must know which positions are
+            counted in the loss. Returns ``y``, or ``(y, MoeStats)``.
     """
 
     def __init__(self, model: ModelConfig, feed_forward: nn.Module, recompute: bool) -> None:
@@ -46,6 +51,7 @@ class Block(nn.Module):
         self.attention = build_attention(model)
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps)
         self.feed_forward = feed_forward
+        self.takes_targets = not takes(feed_forward, 1)
 
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, targets_BS: Tensor
@@ -59,10 +65,18 @@ class Block(nn.Module):
     ) -> tuple[Tensor, MoeStats | None]:
         x = x + self.attention(self.attention_norm(x), table, mask)
         normed = self.ffn_norm(x)
-        if isinstance(self.feed_forward, FeedForward):
-            return x + self.feed_forward(normed), None
-        y, stats = self.feed_forward(normed, targets_BS)
+        y = self.feed_forward(normed, targets_BS) if self.takes_targets else self.feed_forward(normed)
+        y, stats = y if isinstance(y, tuple) else (y, None)
         return x + y, stats
+
+
+def takes(module: nn.Module, num_tensors: int) -> bool:
+    """Whether a module's forward can be called with this many positional arguments."""
+    try:
+        inspect.signature(module.forward).bind(*[None] * num_tensors)
+    except TypeError:
+        return False
+    return True
 
 
 class Transformer(nn.Module):
@@ -137,18 +151,20 @@ class Transformer(nn.Module):
         Args:
             counts_LE: routed pairs of each expert of each MoE layer over all ranks, int64.
         """
+        if not self.bias_update_rate:
+            return
         routers = [module for module in self.modules() if isinstance(module, Router)]
         for router, counts_E in zip(routers, counts_LE, strict=True):
             if router.bias_E is not None:
                 update_bias_(router.bias_E, counts_E, self.bias_update_rate)
 
-    def init_std(self, name: str) -> float | None:
-        """Standard deviation of a parameter's initial normal distribution; None: ones (norms).
+    def init_std(self, name: str) -> float:
+        """Standard deviation of a parameter's initial normal distribution (norms start as ones anyway).
 
         Layers that write into the residual stream start smaller by ``1 / sqrt(2 · num_layers)`` (GPT-2).
         """
-        if "norm" in name.rsplit(".", 2)[-2]:
-            return None
+        if name.endswith(".bias"):  # of a feed-forward layer that is not ours
+            return 0.0
         residual = name.endswith(("wo.weight", "w2.weight", "experts.w2"))
         return self.config.init_std * ((2 * self.config.num_layers) ** -0.5 if residual else 1.0)
 
