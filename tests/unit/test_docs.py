@@ -1,0 +1,284 @@
+"""What README and docs/ say is so: links, commands, examples, tables."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from launch import sweep
+from launch.__main__ import HELP
+from launch.resume import refill
+from launch.sample import parse_options
+from launch.train import split_arguments
+from parallel.dispatch.local import LocalDispatcher
+from parallel.engines.base import whole_state
+from tests.command import MUSTER, SMALL, Workplace
+from trainer import overrides as grammar
+from trainer import reference
+from trainer.build import build_model
+from trainer.compose import apply_overrides, compose
+from trainer.config import LayoutConfig, Machine, RunConfig, resolve
+from trainer.models.cost import model_cost
+from trainer.models.init import initialise
+from trainer.rules import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+MACHINE = Machine(num_cpus=8, num_gpus=8)
+_FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_NAMED = re.compile(r"^`([\w./]+)`\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def heading_anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in heading_anchors(file), target
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, new = set(), {ROOT / "README.md"}
+    while new:
+        page = new.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
+        new |= {(page.parent / link).resolve() for link in links if "://" not in link} - reached
+    assert set(PAGES) <= reached
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, words) of every line in a bash block."""
+    for page in PAGES:
+        for language, body in _FENCED.findall(page.read_text()):
+            if language != "bash":
+                continue
+            for line in body.replace("\\\n", " ").splitlines():
+                inner = re.fullmatch(r'eval "\$\((.+)\)"', line)
+                for part in (inner[1] if inner else line).split(" && "):
+                    yield page.name, shlex.split(part, comments=True)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the named files of docs/extending.md."""
+    folder = tmp_path_factory.mktemp("examples")
+    found = _NAMED.findall((ROOT / "docs" / "extending.md").read_text())
+    assert len(found) == 6
+    for name, body in found:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(body)
+    return folder
+
+
+COMMANDS = [pytest.param(words, id=f"{page}: {' '.join(words)}") for page, words in commands()]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_command_lines_are_valid(words: list[str], examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(examples)
+    check_command(words, examples)
+
+
+def check_command(words: list[str], folder: Path) -> None:
+    match words:
+        case ["git", "clone", *_] | ["cd", _] | ["source", ".venv/bin/activate"]:
+            pass
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["muster", "train", *arguments]:
+            check_train(arguments, folder)
+        case ["muster", "resume", _, *overrides]:
+            check_resume(overrides)
+        case ["muster", "generate", _, *options]:
+            parse_options(options)
+        case ["muster", command, *_]:
+            assert re.search(rf"^  muster {command}\b", HELP, re.MULTILINE)
+        case ["torchrun", *arguments]:
+            check_torchrun(arguments)
+        case _:
+            raise AssertionError(f"a command that this test does not know: {words}")
+
+
+def check_train(arguments: list[str], folder: Path) -> None:
+    _, overrides, args = split_arguments(arguments)
+    if args.multirun:
+        sweep.check([*overrides, f"run.root={folder / 'runs'}"], args.config_dir)
+    else:
+        validate(resolve(compose(overrides, args.config_dir), MACHINE))
+
+
+def check_resume(overrides: list[str]) -> None:
+    asked = compose(["experiment=quickstart"])
+    changed = {override.key_or_group for override in grammar.parse(overrides)}
+    config = refill(apply_overrides(resolve(asked, MACHINE), overrides), asked, changed)
+    validate(resolve(config, MACHINE))
+
+
+def check_torchrun(arguments: list[str]) -> None:
+    at = arguments.index("-m")
+    assert arguments[at + 1] == "trainer"
+    flags = dict(flag.lstrip("-").split("=") for flag in arguments[:at])
+    config = compose(arguments[at + 2 :])
+    config.launcher.nnodes, config.launcher.nproc_per_node = (
+        int(flags["nnodes"]),
+        int(flags["nproc-per-node"]),
+    )
+    validate(resolve(config, MACHINE))
+    assert config.run.id is not None
+
+
+def test_a_wrong_command_line_would_be_found(tmp_path: Path) -> None:
+    for line in (
+        "muster train optim.lrr=1",
+        "muster verify",
+        "make trian",
+        "ls",
+        "muster resume R layout=dense",
+    ):
+        with pytest.raises((ValueError, AssertionError)):
+            check_command(line.split(), tmp_path)
+
+
+def small(*overrides: str) -> RunConfig:
+    own = [o for o in SMALL if not o.startswith("data=")]
+    config = resolve(compose([*own, *overrides]), Machine(num_cpus=2))
+    validate(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["layout=dense", "layout.target=my_layers:SquaredRelu", "layout.kwargs.width=64"],
+        ["layout=mixtral", "layout.target=my_layers:DenseBesideExperts", "layout.kwargs.width=64"],
+        ["layout=dense", "model.target=my_models:ConvolutionalModel", "model.kwargs.width=3"],
+    ],
+    ids=lambda overrides: overrides[1],
+)
+def test_example_models_learn(overrides: list[str], examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(examples)
+    config = small(*overrides)
+    model = build_model(config, LocalDispatcher())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    initialise(model, whole_state(model), seed=0)
+    tokens = torch.arange(2 * 33).view(2, 33) % 50
+    losses = [learn(model, tokens) for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert model(tokens[:, :-1]).shape == (2, 32, config.model.vocab_size)
+
+
+def learn(model: nn.Module, tokens: torch.Tensor) -> float:
+    """One step of gradient descent on one batch; its loss before."""
+    documents = torch.zeros(2, 32, dtype=torch.int32)
+    loss = model(tokens[:, :-1], tokens[:, 1:], documents).cross_entropy / 64
+    loss.backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            parameter.sub_(0.03 * parameter.grad.sign())
+            parameter.grad = None
+    return float(loss.detach())
+
+
+def test_examples_work_in_a_real_run(examples: Path) -> None:
+    rows = [f'{i},"What is {i} plus {i}, my dear?",It is {2 * i} as far as I know.' for i in range(200)]
+    (examples / "questions.csv").write_text("\n".join(["id,question,answer", *rows]))
+    place = Workplace(examples)
+    place.run(
+        MUSTER,
+        "train",
+        *[override for override in SMALL if not override.startswith("data=")],
+        "layout=mixtral",
+        "layout.target=my_layers:DenseBesideExperts",
+        "layout.kwargs.width=64",
+        "data.target=my_data:questions",
+        "data.path=questions.csv",
+        'callbacks=[{target: "my_callbacks:WeightNorm", kwargs: {every: 2}}]',
+        "train.steps=4",
+        "launcher.nproc_per_node=2",
+        "parallel.ep=2",
+    )
+    records = {r["step"]: r for r in place.records("metrics.jsonl")}
+    assert [step for step, r in records.items() if "user/weight_norm" in r] == [2, 4]
+    assert records[4]["user/largest_norm"] >= records[4]["user/weight_norm"] > 0
+    manifest = (place.run_dir / "checkpoints" / "step-00000004" / "manifest.json").read_text()
+    assert "largest" in manifest and "feed_forward.dense.w1.weight" in manifest
+
+
+def table(page: Path, first: str) -> list[list[str]]:
+    """Cells of the table whose header begins with ``first``, without header and backquotes."""
+    text = page.read_text()
+    body = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in body]
+
+
+def test_table_of_layouts_is_that_of_conf() -> None:
+    rows = table(ROOT / "README.md", "layout")
+    assert [row[0] for row in rows] == ["dense", "switch", "mixtral", "deepseek"]
+    assert {row[0] for row in rows} == {path.stem for path in (ROOT / "conf" / "layout").glob("*.yaml")}
+    for row in rows:
+        layout = compose([f"layout={row[0]}"]).layout
+        assert row[1:7] == described(layout), row[0]
+
+
+def described(layout: LayoutConfig) -> list[str]:
+    if not layout.num_experts:
+        return ["0", "–", "0", "–", "–", "–"]
+    balance = layout.balance
+    parts = {"loss": balance.coefficient, "z-loss": balance.router_z, "bias": balance.bias_update_rate}
+    return [
+        str(layout.num_experts),
+        str(layout.top_k),
+        str(layout.num_shared_experts),
+        layout.score.value + (", renormalised" if layout.renormalize else ""),
+        "none" if layout.capacity_factor is None else f"capacity {layout.capacity_factor}",
+        ", ".join(f"{name} {value:.4f}".rstrip("0") for name, value in parts.items() if value),
+    ]
+
+
+def test_table_of_sizes_is_that_of_the_code() -> None:
+    rows = table(ROOT / "README.md", "model")
+    assert {row[0] for row in rows} == {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
+    for name, layout, *said in rows:
+        chosen = [] if layout == "its own" else [f"layout={layout}"]
+        config = resolve(compose([f"model={name}", *chosen]), Machine(num_cpus=2))
+        cost = model_cost(build_model(config, LocalDispatcher()), config)
+        assert said == [amount(cost.num_parameters), amount(cost.num_active)], name
+
+
+def amount(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number < 1e9 else f"{number / 1e9:.2f} B"
+
+
+def test_the_page_of_fields_is_printed_from_the_code() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference.page(), (
+        "print it again: python -m trainer.reference > docs/configuration.md"
+    )
+
+
+def test_every_field_has_one_meaning() -> None:
+    page = reference.page()
+    listed = re.findall(r"^\| `([\w.]+)` \| .+ \| .+ \| (.+) \|$", page, re.MULTILINE)
+    names = [name for name, _ in listed]
+    values = {
+        key for key, kind in grammar.schema_types().items() if not hasattr(kind, "__dataclass_fields__")
+    }
+    assert sorted(names) == sorted(values)
+    assert all(meaning.strip() for _, meaning in listed)
+    assert set(reference.MEANINGS) <= set(names), "meanings of fields that are gone"
