@@ -23,6 +23,9 @@ class Callback:
     def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
         """This rank's micro-batches of the step that begins (``trainer.state.step`` steps are done)."""
 
+    def on_gradients(self, trainer: Trainer) -> None:
+        """After the last backward of a step, before clipping (``trainer.engine.named_gradients()``)."""
+
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, float] | None:
         """After each optimizer step; ``metrics`` is what rank 0 logs, empty on other ranks and on steps that
         are not logged (``logger.every``), where what is returned is dropped."""

@@ -51,6 +51,7 @@ class Trainer:
         control: a gloo group over all ranks, for small facts (not tensors of the model).
         valid: this rank's held-out batches.
         hardware: what tokens per second are measured against.
+        result: of the newest step.
     """
 
     config: RunConfig
@@ -68,6 +69,7 @@ class Trainer:
     hardware: Hardware
     control: dist.ProcessGroup
     state: TrainState = field(default_factory=TrainState)
+    result: StepResult | None = None
     _since_log: list[float] = field(default_factory=list)
 
     def train(self) -> bool:
@@ -77,6 +79,7 @@ class Trainer:
             StorageError: a checkpoint could not be written.
         """
         config, state = self.config, self.state
+        self.stepper.on_gradients = self._on_gradients
         for callback in self.callbacks:
             callback.on_start(self)
         if state.step == 0 and config.eval.every:
@@ -107,11 +110,15 @@ class Trainer:
         batches = self.loader.next_step()
         for callback in self.callbacks:
             callback.on_batches(self, batches)
-        result = self.stepper.train_step(self.state.step, batches)
+        result = self.result = self.stepper.train_step(self.state.step, batches)
         self.state.step += 1
         self.state.tokens += self.config.train.global_batch * self.config.train.seq_len
         self._since_log.append(time.perf_counter() - began)
         return result
+
+    def _on_gradients(self) -> None:
+        for callback in self.callbacks:
+            callback.on_gradients(self)
 
     def evaluate(self) -> float:
         """Held-out loss in nats a token. Collective."""

@@ -236,7 +236,7 @@ def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
             "data": config.data.source.value,
             "dtype": config.train.dtype.value,
             "engine": config.engine.name.value,
-            "unigram_loss": trainer.prepared.unigram_loss,
+            "unigram_loss": round(trainer.prepared.unigram_loss, 3),
         },
     }
     trainer.log.begin(trainer.state.step, start, resume)

@@ -99,6 +99,9 @@ class Stepper:
         device: of the model.
         wants_stop: whether this rank was asked to stop; the ranks agree before each step, in the same
             all-reduce that counts the targets.
+
+    Attributes:
+        on_gradients: called between the last backward of a step and clipping.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Stepper:
         self.config = config
         self.device = device
         self.wants_stop = wants_stop
+        self.on_gradients: Callable[[], None] = lambda: None
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
         """Forward, backward, clip and update on this rank's micro-batches of step ``step`` (0-based).
@@ -123,6 +127,7 @@ class Stepper:
             loss = self.objective(losses) / num_targets
             self.engine.backward(loss, last=index == len(batches) - 1)
             sums.add(losses)
+        self.on_gradients()
         grad_norm = self.engine.clip_gradients(config.optim.max_grad_norm)
         lr = learning_rate(config.optim, step, config.train.steps)
         self.engine.step(lr)

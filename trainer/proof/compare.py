@@ -1,0 +1,273 @@
+"""The layout's records beside the reference's: what agrees, by how much, and what a deviation points at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from parallel.dims import ParallelDims
+from parallel.engines.base import StateSlice
+from parallel.errors import ConfigError
+from trainer.checkpoint.resume import open_checkpoint
+from trainer.config import RunConfig, parallel_dims
+from trainer.proof import suspect
+from trainer.proof.shrink import STEPS
+
+LOSS_TOLERANCE = 1e-6
+TENSOR_TOLERANCE = 1e-5
+"""‖a − b‖ / ‖b‖ of a tensor, and |a − b| / |b| of a norm or auxiliary loss."""
+
+
+@dataclass
+class Check:
+    """One line of the certificate.
+
+    Attributes:
+        name: what was compared.
+        passed: whether every comparison kept its tolerance.
+        worst: the largest deviation.
+        tolerance: it had to keep; 0: equal bits.
+        where: the first thing that failed, else the one that deviated most.
+        suspicion: what a deviation of this form usually comes from.
+        values: figures by name.
+    """
+
+    name: str
+    passed: bool
+    worst: float
+    tolerance: float
+    where: str = ""
+    suspicion: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values (JSON knows no infinity)."""
+        values = asdict(self)
+        return {**values, "worst": values["worst"] if math.isfinite(self.worst) else str(self.worst)}
+
+
+class Records:
+    """What one proof left on disk.
+
+    Args:
+        folder: with ``layout/`` and ``reference/``.
+        run_dir: of the layout's run.
+        config: that was run.
+    """
+
+    def __init__(self, folder: Path, run_dir: Path, config: RunConfig) -> None:
+        self.folder, self.run_dir, self.config = folder, run_dir, config
+        self.dims: ParallelDims = parallel_dims(config)
+        self.reference_steps: list[dict[str, Any]] = json.loads(
+            (folder / "reference" / "steps.json").read_text()
+        )
+        self.rank_steps = [self._lines(rank) for rank in range(self.dims.world_size)]
+
+    def _lines(self, rank: int) -> list[dict[str, Any]]:
+        text = (self.folder / "layout" / f"steps-{rank}.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def reference(self, name: str) -> dict[str, Tensor]:
+        """Tensors that the reference wrote."""
+        return load_file(self.folder / "reference" / f"{name}.safetensors")
+
+    def slices(self, moment: str) -> list[list[StateSlice]]:
+        """What each rank held at a moment."""
+        ranks = []
+        for rank in range(self.dims.world_size):
+            stem = self.folder / "layout" / f"{moment}-{rank}"
+            tensors = load_file(f"{stem}.safetensors")
+            index = json.loads(stem.with_suffix(".json").read_text())
+            ranks.append(
+                [
+                    StateSlice(n, tuple(i["shape"]), tuple(i["offsets"]), tensors[n], i["owner"])
+                    for n, i in index.items()
+                ]
+            )
+        return ranks
+
+    def whole(self, moment: str) -> dict[str, Tensor]:
+        """Whole tensors out of all ranks' owned slices, NaN where nobody owns an element."""
+        whole: dict[str, Tensor] = {}
+        for slices in self.slices(moment):
+            for piece in slices:
+                if piece.owner:
+                    blank = torch.full(piece.global_shape, math.nan).to(piece.tensor.dtype)
+                    whole.setdefault(piece.name, blank)[_window(piece)] = piece.tensor
+        return whole
+
+
+def _window(piece: StateSlice) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.tensor.shape, strict=True))
+
+
+def deviation(found: Tensor | None, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖ in fp64; infinite where something is missing or not finite."""
+    if found is None or found.shape != wanted.shape or not bool(torch.isfinite(found).all()):
+        return math.inf
+    distance = float(torch.linalg.vector_norm(found.double() - wanted.double()))
+    size = float(torch.linalg.vector_norm(wanted.double()))
+    return distance / size if size else (0.0 if distance == 0 else math.inf)
+
+
+def compare(records: Records) -> list[Check]:
+    """All checks, in the order in which causes come before effects."""
+    checks: list[Callable[[Records], Check]] = [
+        check_samples,
+        lambda r: check_scalar(r, "cross_entropy", "loss", LOSS_TOLERANCE),
+        check_counts,
+        lambda r: check_layers(r, "balance"),
+        lambda r: check_layers(r, "router_z"),
+        check_gradients,
+        check_norm,
+        lambda r: check_state(r, "model.", f"weights after {STEPS} steps"),
+        lambda r: check_state(r, "optim.", f"optimizer after {STEPS} steps"),
+        check_round_trip,
+        check_resume,
+    ]
+    return [check(records) for check in checks]
+
+
+def check_samples(records: Records) -> Check:
+    """Every step reads the reference's samples, each on one rank, before and after the resume."""
+    for number, wanted in enumerate(records.reference_steps):
+        found = sorted(s for rank in records.rank_steps for s in rank[number]["samples"])
+        if found != sorted(wanted["samples"]):
+            where = f"step {number + 1}"
+            suspicion = "samples are read twice or left out"
+            if number + 1 == STEPS and found == sorted(records.reference_steps[number - 1]["samples"]):
+                suspicion = "after the resume the data of the step before it is repeated"
+            return Check("samples", False, math.inf, 0.0, where, suspicion)
+        counted = {rank[number]["num_targets"] for rank in records.rank_steps}
+        if counted != {wanted["num_targets"]}:
+            return Check("samples", False, math.inf, 0.0, f"target count of step {number + 1}")
+    return Check("samples", True, 0.0, 0.0)
+
+
+def check_scalar(records: Records, key: str, name: str, tolerance: float) -> Check:
+    """A figure of every step, on every rank."""
+    worst, where, values = 0.0, "", {}
+    for number, wanted in enumerate(records.reference_steps):
+        found = [rank[number][key] for rank in records.rank_steps]
+        values[f"step {number + 1}"] = {"layout": found[0], "reference": wanted[key]}
+        for value in found:
+            off = _relative(value, wanted[key])
+            if off > worst:
+                worst, where = off, where if worst > tolerance else f"step {number + 1}"
+    return Check(name, worst <= tolerance, worst, tolerance, where, values=values)
+
+
+def _relative(found: float, wanted: float) -> float:
+    if not math.isfinite(found):
+        return math.inf
+    return abs(found - wanted) / abs(wanted) if wanted else (0.0 if found == 0 else math.inf)
+
+
+def check_layers(records: Records, key: str) -> Check:
+    """An auxiliary loss of every MoE layer and step."""
+    worst, where = 0.0, ""
+    for number, wanted in enumerate(records.reference_steps):
+        for layer, value in enumerate(wanted[key]):
+            for rank in records.rank_steps:
+                off = _relative(rank[number][key][layer], value)
+                if off > worst:
+                    place = f"step {number + 1}, MoE layer {layer}"
+                    worst, where = off, where if worst > TENSOR_TOLERANCE else place
+    return Check(f"{key} loss", worst <= TENSOR_TOLERANCE, worst, TENSOR_TOLERANCE, where)
+
+
+def check_counts(records: Records) -> Check:
+    """Routed pairs of every expert, exactly."""
+    for number, wanted in enumerate(records.reference_steps):
+        for rank, lines in enumerate(records.rank_steps):
+            found = lines[number]["counts"]
+            if found != wanted["counts"]:
+                layer = next(i for i, c in enumerate(wanted["counts"]) if i >= len(found) or found[i] != c)
+                off = sum(abs(a - b) for a, b in zip(found[layer], wanted["counts"][layer], strict=True))
+                where = f"step {number + 1}, MoE layer {layer}, rank {rank}"
+                suspicion = f"{off // 2} of {sum(wanted['counts'][layer])} choices differ: router precision"
+                return Check("routed counts", False, float(off), 0.0, where, suspicion)
+    return Check("routed counts", True, 0.0, 0.0)
+
+
+def check_gradients(records: Records) -> Check:
+    """Gradients of the first step, by parameter, before clipping."""
+    reference = records.reference("gradients")
+    wanted = {n.removeprefix("all:"): g for n, g in reference.items() if n.startswith("all:")}
+    found = records.whole("gradients")
+    off = {name: deviation(found.get(name), gradient) for name, gradient in wanted.items()}
+    values = {name: suspect.ratios(found.get(name), gradient) for name, gradient in wanted.items()}
+    failed = [name for name, value in off.items() if value > TENSOR_TOLERANCE]
+    worst = max(off.values())
+    where = failed[0] if failed else max(off, key=lambda name: off[name])
+    why = suspect.gradients(failed, found, reference, records.config, records.dims) if failed else ""
+    return Check("gradients", not failed, worst, TENSOR_TOLERANCE, where, why, values)
+
+
+def check_norm(records: Records) -> Check:
+    """The global norm that clipping uses."""
+    check = check_scalar(records, "norm", "clip norm", TENSOR_TOLERANCE)
+    if not check.passed:
+        reference = records.reference("gradients")
+        wanted = {n.removeprefix("all:"): g for n, g in reference.items() if n.startswith("all:")}
+        check.suspicion = suspect.norm(records.rank_steps[0][0]["norm"], wanted, records.dims)
+    return check
+
+
+def check_state(records: Records, prefix: str, name: str) -> Check:
+    """Weights and buffers, or optimizer slots, after the last step."""
+    wanted = {n: t for n, t in records.reference("state").items() if n.startswith(prefix)}
+    found = records.whole(f"state-{STEPS}")
+    off = {key: deviation(found.get(key), tensor) for key, tensor in wanted.items()}
+    failed = [key for key, value in off.items() if value > TENSOR_TOLERANCE]
+    extra = [key for key in found if key.startswith(prefix) and key not in wanted]
+    worst = max(off.values())
+    where = (failed + extra)[0] if failed or extra else max(off, key=lambda key: off[key])
+    return Check(name, not failed and not extra, worst, TENSOR_TOLERANCE, where)
+
+
+def check_round_trip(records: Records) -> Check:
+    """The last checkpoint, loaded in one process, holds every tensor and slot bit for bit."""
+    live = records.whole(f"state-{STEPS}")
+    blank = [
+        StateSlice(name, tuple(t.shape), (0,) * t.dim(), torch.full_like(t, math.nan), True)
+        for name, t in live.items()
+    ]
+    name = "checkpoint round trip"
+    try:
+        open_checkpoint(records.run_dir / "checkpoints").load_into(blank)
+    except ConfigError as error:
+        return Check(name, False, math.inf, 0.0, str(error))
+    return _same_bits(name, [(piece.name, piece.tensor, live[piece.name]) for piece in blank])
+
+
+def check_resume(records: Records) -> Check:
+    """What the ranks held after the resume is what they held before it, bit for bit."""
+    before, after = records.slices(f"state-{STEPS - 1}"), records.slices("resumed")
+    pairs = []
+    for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+        held = {piece.name: piece.tensor for piece in new}
+        pairs += [(f"{p.name} on rank {rank}", held.get(p.name), p.tensor) for p in old]
+    return _same_bits("state after resume", pairs)
+
+
+def _same_bits(name: str, pairs: list[tuple[str, Tensor | None, Tensor]]) -> Check:
+    for key, found, wanted in pairs:
+        if found is None or not torch.equal(found, wanted):
+            suspicion = ""
+            if found is not None and found.shape == wanted.shape and found.numel():
+                off = deviation(found, wanted)
+                if torch.equal(found.flatten().sort().values, wanted.flatten().sort().values):
+                    suspicion = "the same values in another order: permuted"
+            else:
+                off = math.inf
+            return Check(name, False, off, 0.0, key, suspicion)
+    return Check(name, True, 0.0, 0.0)
