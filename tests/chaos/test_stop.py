@@ -1,0 +1,78 @@
+"""Ctrl-C, SIGTERM and a killed agent: what was saved is kept, and nothing is left running."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.command import MUSTER, SMALL, Workplace
+from tests.commands.plugins import entry
+from tests.commands.watch import EP2, assert_nothing_left, checkpoints_of, digest_of_checkpoint
+
+RUN = [*EP2, "train.steps=18"]
+STOP_AT = 12
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """The same run, never disturbed."""
+    workplace = Workplace(tmp_path_factory.mktemp("calm"))
+    workplace.train(*RUN, f"checkpoint.every={STOP_AT}")
+    return workplace
+
+
+def train_with(workplace: Workplace, callback: str, *overrides: str) -> tuple[int, str]:
+    """Exit code and output of a `muster train` in a session of its own, as on a terminal."""
+    command = ["setsid", MUSTER, "train", *SMALL, f"data.path={workplace.path / 'corpus'}", *RUN, *overrides]
+    process: subprocess.Popen[str] = workplace.start(*command, f"callbacks=[{callback}]")
+    output, _ = process.communicate(timeout=300)
+    assert "Traceback" not in output, output
+    assert_nothing_left(workplace)
+    return process.returncode, output
+
+
+def signal_agent(workplace: Workplace, number: int, **options: object) -> str:
+    """The callback's config entry."""
+    mark = str(workplace.path / "signalled")
+    return entry("SignalAgent", step=STOP_AT - 1, number=int(number), mark=mark, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_and_leaves_a_resumable_run(
+    workplace: Workplace, calm: Workplace, number: signal.Signals
+) -> None:
+    code, output = train_with(workplace, signal_agent(workplace, number), "checkpoint.every=0")
+    assert code == 75, output
+    assert f"{number.name}: saving, then stopping" in output
+    assert "Stopped and saved. Go on from step 12:" in output
+    assert f"muster resume {workplace.run_dir}" in output
+    assert checkpoints_of(workplace.run_dir) == ["step-00000012"]
+    assert digest_of_checkpoint(workplace.run_dir, 12) == digest_of_checkpoint(calm.run_dir, 12)
+    assert workplace.events("stop")[-1]["step"] == 12
+    if number == signal.SIGINT:
+        workplace.resume()
+        assert workplace.digest() == calm.digest()
+        assert workplace.losses() == calm.losses()
+        assert [event["step"] for event in workplace.events("resume")] == [12]
+
+
+def test_the_second_interrupt_does_not_wait(workplace: Workplace) -> None:
+    callback = signal_agent(workplace, signal.SIGINT, again=True)
+    code, output = train_with(workplace, callback, "checkpoint.every=5")
+    assert code == 75, output
+    assert "Stopping at once." in output
+    assert "Stopped without saving. Go on from step 10:" in output
+    assert checkpoints_of(workplace.run_dir) == ["step-00000005", "step-00000010"]
+
+
+def test_killing_the_agent_leaves_no_worker_and_no_lock(workplace: Workplace, calm: Workplace) -> None:
+    offline = "logger.wandb.mode=offline"  # its service process must go, too
+    code, _ = train_with(workplace, signal_agent(workplace, signal.SIGKILL), "checkpoint.every=4", offline)
+    assert code == -signal.SIGKILL
+    assert Path(workplace.run_dir / "wandb").is_dir()
+    workplace.resume()
+    assert workplace.digest() == calm.digest()
+    assert_nothing_left(workplace)

@@ -1,0 +1,68 @@
+"""Callbacks that disturb a run at a step, and what else the tests of commands plug in by dotted path."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from tests.commands.watch import wait_until
+from trainer.callbacks import Callback
+from trainer.data.batch import Batch
+from trainer.loop import Trainer
+
+
+def entry(name: str, **kwargs: object) -> str:
+    """An entry of ``callbacks`` in Hydra's grammar, whose keys carry no quotes."""
+    import json
+
+    values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in kwargs.items())
+    return f'{{target: "tests.commands.plugins:{name}", kwargs: {{{values}}}}}'
+
+
+class SignalAgent(Callback):
+    """Rank 0 signals the agent once, in the step that begins after ``step`` ones; the file is the mark.
+
+    It then waits until the agent has asked this worker to stop, so the run ends after exactly that step.
+
+    Args:
+        number: of the signal; to the agent's whole process group, as a terminal's Ctrl-C goes.
+        again: send it a second time and never leave the step.
+    """
+
+    def __init__(self, step: int, number: int, mark: str, again: bool = False) -> None:
+        self.at, self.number, self.mark, self.again = step, number, Path(mark), again
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        if trainer.rank or trainer.state.step != self.at or self.mark.exists():
+            return
+        self.mark.touch()
+        group = os.getpgid(os.getppid())
+        os.killpg(group, self.number)
+        if self.number == signal.SIGKILL:
+            signal.pause()
+        wait_until(trainer.stepper.wants_stop, "the agent's request to stop")
+        if self.again:
+            os.killpg(group, self.number)
+            signal.pause()
+
+
+class FillDisk(Callback):
+    """Rank 0 fills the run's disk up to ``leave`` bytes, in the step after ``step`` ones."""
+
+    def __init__(self, step: int, leave: int, ballast: str, committed: int) -> None:
+        self.at, self.leave, self.ballast, self.committed = step, leave, Path(ballast), committed
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        if trainer.rank or trainer.state.step != self.at:
+            return
+        wait_until(lambda: trainer.checkpoints.committed(self.committed), "the first checkpoint")
+        fill(self.ballast, self.leave)
+
+
+def fill(ballast: Path, leave: int) -> None:
+    """Write a file beside others until only ``leave`` bytes are free there."""
+    size = shutil.disk_usage(ballast.parent).free - leave
+    with ballast.open("ab") as file:
+        file.write(b"x" * size)
