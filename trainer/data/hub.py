@@ -17,12 +17,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from parallel.errors import ConfigError
 from trainer.config import DataConfig
@@ -30,6 +27,9 @@ from trainer.data import files
 from trainer.data.packing import Packer
 from trainer.data.sources import Document, draw
 from trainer.data.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:  # a second to import, and most runs read no hub
+    import datasets
 
 __all__ = ["HubSource", "VirtualShard"]
 
@@ -68,6 +68,8 @@ class HubSource:
         )
 
     def _open(self) -> datasets.IterableDataset:
+        import datasets
+
         datasets.disable_progress_bars()
         fix = "name a dataset with a train split (and data.subset=CONFIG where it has several)"
         try:
@@ -221,6 +223,9 @@ class VirtualShard:
 
 
 def _remote_revision(name: str) -> str | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     fix = "check the name and the network, set HF_TOKEN for private data, or give a local folder"
     try:
         return HfApi().dataset_info(name, timeout=_TIMEOUT_SECONDS).sha

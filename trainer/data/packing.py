@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.arrow_writer import ArrowWriter
 
 __all__ = ["Packer", "RowWriter", "Rows"]
 
@@ -46,6 +44,10 @@ class RowWriter:
     """Appends rows [n, S+1] to an Arrow file: fixed-size lists of the smallest integer that holds an id."""
 
     def __init__(self, path: Path, seq_len: int, vocab_size: int) -> None:
+        # Imported where it is needed: it takes a second, and a worker that restarts only reads.
+        import datasets
+        from datasets.arrow_writer import ArrowWriter
+
         name = "uint16" if vocab_size <= 2**16 else "int32"
         self._dtype = np.dtype(name)
         self._width = seq_len + 1
@@ -81,9 +83,9 @@ class Rows:
     """Random access to packed rows in a memory-mapped Arrow file; nothing is read until it is asked for."""
 
     def __init__(self, path: Path, seq_len: int) -> None:
-        dataset = datasets.Dataset.from_file(str(path))
         width = seq_len + 1
-        column = dataset.data.column(_COLUMN)
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            column = stream.read_all().column(_COLUMN)
         if column.type.list_size != width:
             raise ValueError(f"{path}: rows of {column.type.list_size} tokens, expected {width}")
         # Zero-copy views of the mapping; Rows keeps them, and so the mapping, alive.
