@@ -29,6 +29,7 @@ from parallel.errors import ConfigError
 from trainer.compose import absolute_paths, compose, write_atomically
 from trainer.config import CallbackConfig, Device, Machine, RunConfig, parallel_dims, resolve
 from trainer.environment import count_gpus, describe
+from trainer.proof.compare import Check, Records, compare, first_failure
 from trainer.proof.shrink import STEPS, Change, shrink
 from trainer.rules import validate
 from trainer.rundir import RunDirectory, choose_id
@@ -83,7 +84,8 @@ def verify(
             checks = [] if fault is not None else proof.compare()
     finally:
         proof.end()
-    passed = fault is None and all(check["passed"] for check in checks)
+    first = first_failure(checks)
+    passed = fault is None and first is None
     certificate = {
         "passed": passed,
         "time": began,
@@ -92,7 +94,8 @@ def verify(
         "world_size": parallel_dims(config).world_size,
         "device": device.value,
         "fault": fault,
-        "checks": checks,
+        "first_failure": None if first is None else first.plain(),
+        "checks": [check.plain() for check in checks],
         "asked_and_run": [asdict(change) for change in changed],
         "environment": describe(config, sys.argv),
     }
@@ -180,11 +183,9 @@ class Proof:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def compare(self) -> list[dict[str, Any]]:
+    def compare(self) -> list[Check]:
         """The certificate's checks."""
-        from trainer.proof.compare import Records, compare
-
-        return [check.plain() for check in compare(Records(self.folder, self.run.path, self.config))]
+        return compare(Records(self.folder, self.run.path, self.config))
 
     def end(self) -> None:
         """Leave no process behind."""
@@ -228,6 +229,6 @@ def _verdict(certificate: dict[str, Any]) -> str:
     fault = certificate["fault"]
     if fault is not None:
         return f"Not verified: {fault['part']} did not run to its end: {fault['cause']}"
-    check = next(check for check in certificate["checks"] if not check["passed"])
+    check = certificate["first_failure"]
     suspicion = f" Suspicion: {check['suspicion']}." if check["suspicion"] else ""
     return f"Not equal: {check['name']} at {check['where']}.{suspicion}"

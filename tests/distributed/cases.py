@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,21 @@ def see_directory(rank: int, world: int, directories: list[str]) -> str:
     except ConfigError as error:
         return str(error)
     return "seen"
+
+
+def prove_layout(
+    rank: int,
+    world: int,
+    store: dist.Store,
+    config: RunConfig,
+    run_dir: str,
+    generation: int,
+    mutation: str | None,
+) -> None:
+    """A worker of `muster verify` in this process, with a bug injected."""
+    from tests.distributed.mutations import MUTATIONS
+    from trainer.run import Place, run_worker
+
+    place = Place(rank, rank, world, generation, store, agent=True)
+    with MUTATIONS[mutation](config, rank) if mutation else nullcontext():
+        run_worker(config, Path(run_dir), place)

@@ -28,13 +28,17 @@ def _serve(rank: int, connection: Connection, store_path: str) -> None:
     die_with_parent(parent.pid)
     torch.set_num_threads(1)
     while True:
-        call, world, module, name, args = connection.recv()
+        call, world, connect, module, name, args = connection.recv()
         try:
             store = dist.PrefixStore(f"call-{call}", dist.FileStore(store_path, -1))
-            dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
-            )
-            result = getattr(importlib.import_module(module), name)(rank, world, *args)
+            function = getattr(importlib.import_module(module), name)
+            if connect:
+                dist.init_process_group(
+                    "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
+                )
+                result = function(rank, world, *args)
+            else:
+                result = function(rank, world, store, *args)
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))
@@ -44,7 +48,10 @@ def _serve(rank: int, connection: Connection, store_path: str) -> None:
 
 
 class Pool:
-    """``run(function, world, *args)`` → the results of all ranks; a rank's exception fails the caller."""
+    """``run(function, world, *args)`` → the results of all ranks; a rank's exception fails the caller.
+
+    With ``connect=False`` the function is given a store instead of a process group and makes its own.
+    """
 
     def __init__(self, size: int) -> None:
         context = mp.get_context("spawn")
@@ -60,10 +67,10 @@ class Pool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], world: int, *args: Any, connect: bool = True) -> list[Any]:
         self._calls += 1
         for pipe in self._pipes[:world]:
-            pipe.send((self._calls, world, function.__module__, function.__qualname__, args))
+            pipe.send((self._calls, world, connect, function.__module__, function.__qualname__, args))
         answers = [pipe.recv() for pipe in self._pipes[:world]]
         for rank, (fine, answer) in enumerate(answers):
             assert fine, f"rank {rank} of {world}:\n{answer}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Check:
         where: the first thing that failed, else the one that deviated most.
         suspicion: what a deviation of this form usually comes from.
         values: figures by name.
+        when: place of the first failure in the order of computation: causes come before effects.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Check:
     where: str = ""
     suspicion: str = ""
     values: dict[str, Any] = field(default_factory=dict)
+    when: float = 0.0
 
     def plain(self) -> dict[str, Any]:
         """As JSON values (JSON knows no infinity)."""
@@ -118,14 +120,28 @@ def deviation(found: Tensor | None, wanted: Tensor) -> float:
     return distance / size if size else (0.0 if distance == 0 else math.inf)
 
 
+class _When:
+    """Positions within a step (see ``Check.when``): a step is worth 1."""
+
+    samples, loss, gradients, norm = 0.0, 0.4, 0.5, 0.6
+    layer, router, balance, counts = 1e-3, 0.1, 0.1001, 0.1002  # layer by layer: logits, scores, choice
+    resume = STEPS - 0.1  # before the last step
+    weights, optimizer, checkpoint = STEPS + 0.7, STEPS + 0.8, STEPS + 0.9
+
+
+def first_failure(checks: list[Check]) -> Check | None:
+    """The failed check that nothing else explains."""
+    return min((check for check in checks if not check.passed), key=lambda check: check.when, default=None)
+
+
 def compare(records: Records) -> list[Check]:
-    """All checks, in the order in which causes come before effects."""
+    """All checks, in the order in which they are shown."""
     checks: list[Callable[[Records], Check]] = [
         check_samples,
-        lambda r: check_scalar(r, "cross_entropy", "loss", LOSS_TOLERANCE),
+        lambda r: check_scalar(r, "cross_entropy", "loss", LOSS_TOLERANCE, _When.loss),
         check_counts,
-        lambda r: check_layers(r, "balance"),
-        lambda r: check_layers(r, "router_z"),
+        lambda r: check_layers(r, "balance", _When.balance),
+        lambda r: check_layers(r, "router_z", _When.router),
         check_gradients,
         check_norm,
         lambda r: check_state(r, "model.", f"weights after {STEPS} steps"),
@@ -145,24 +161,30 @@ def check_samples(records: Records) -> Check:
             suspicion = "samples are read twice or left out"
             if number + 1 == STEPS and found == sorted(records.reference_steps[number - 1]["samples"]):
                 suspicion = "after the resume the data of the step before it is repeated"
-            return Check("samples", False, math.inf, 0.0, where, suspicion)
+            return Check("samples", False, math.inf, 0.0, where, suspicion, when=number + 1)
         counted = {rank[number]["num_targets"] for rank in records.rank_steps}
         if counted != {wanted["num_targets"]}:
-            return Check("samples", False, math.inf, 0.0, f"target count of step {number + 1}")
+            return Check("samples", False, math.inf, 0.0, f"targets of step {number + 1}", when=number + 1)
     return Check("samples", True, 0.0, 0.0)
 
 
-def check_scalar(records: Records, key: str, name: str, tolerance: float) -> Check:
+def check_scalar(records: Records, key: str, name: str, tolerance: float, position: float) -> Check:
     """A figure of every step, on every rank."""
-    worst, where, values = 0.0, "", {}
+    check = Check(name, True, 0.0, tolerance)
     for number, wanted in enumerate(records.reference_steps):
         found = [rank[number][key] for rank in records.rank_steps]
-        values[f"step {number + 1}"] = {"layout": found[0], "reference": wanted[key]}
+        check.values[f"step {number + 1}"] = {"layout": found[0], "reference": wanted[key]}
         for value in found:
-            off = _relative(value, wanted[key])
-            if off > worst:
-                worst, where = off, where if worst > tolerance else f"step {number + 1}"
-    return Check(name, worst <= tolerance, worst, tolerance, where, values=values)
+            _note(check, _relative(value, wanted[key]), f"step {number + 1}", number + 1 + position)
+    return check
+
+
+def _note(check: Check, off: float, where: str, when: float) -> None:
+    """Count a deviation: the first failure is kept as the place, until then the largest."""
+    if check.passed and (off > check.worst or off > check.tolerance):
+        check.where, check.when = where, when
+    check.worst = max(check.worst, off)
+    check.passed = check.passed and off <= check.tolerance
 
 
 def _relative(found: float, wanted: float) -> float:
@@ -171,17 +193,24 @@ def _relative(found: float, wanted: float) -> float:
     return abs(found - wanted) / abs(wanted) if wanted else (0.0 if found == 0 else math.inf)
 
 
-def check_layers(records: Records, key: str) -> Check:
+def check_layers(records: Records, key: str, position: float) -> Check:
     """An auxiliary loss of every MoE layer and step."""
-    worst, where = 0.0, ""
+    check = Check(f"{key} loss", True, 0.0, TENSOR_TOLERANCE)
     for number, wanted in enumerate(records.reference_steps):
         for layer, value in enumerate(wanted[key]):
+            when = number + 1 + position + layer * _When.layer
             for rank in records.rank_steps:
-                off = _relative(rank[number][key][layer], value)
-                if off > worst:
-                    place = f"step {number + 1}, MoE layer {layer}"
-                    worst, where = off, where if worst > TENSOR_TOLERANCE else place
-    return Check(f"{key} loss", worst <= TENSOR_TOLERANCE, worst, TENSOR_TOLERANCE, where)
+                found = rank[number][key]
+                off = _relative(found[layer], value) if layer < len(found) else math.inf
+                _note(check, off, f"step {number + 1}, MoE layer {layer}", when)
+    if not check.passed:
+        layer = int(check.where.rpartition(" ")[2])
+        check.suspicion = (
+            f"what MoE layer {layer - 1} returned: dispatch, experts, combine, or the residual of dropped tokens"
+            if layer
+            else "the router of the first MoE layer: precision, scores or its bias"
+        )
+    return check
 
 
 def check_counts(records: Records) -> Check:
@@ -194,7 +223,8 @@ def check_counts(records: Records) -> Check:
                 off = sum(abs(a - b) for a, b in zip(found[layer], wanted["counts"][layer], strict=True))
                 where = f"step {number + 1}, MoE layer {layer}, rank {rank}"
                 suspicion = f"{off // 2} of {sum(wanted['counts'][layer])} choices differ: router precision"
-                return Check("routed counts", False, float(off), 0.0, where, suspicion)
+                when = number + 1 + _When.counts + layer * _When.layer
+                return Check("routed counts", False, float(off), 0.0, where, suspicion, when=when)
     return Check("routed counts", True, 0.0, 0.0)
 
 
@@ -209,12 +239,13 @@ def check_gradients(records: Records) -> Check:
     worst = max(off.values())
     where = failed[0] if failed else max(off, key=lambda name: off[name])
     why = suspect.gradients(failed, found, reference, records.config, records.dims) if failed else ""
-    return Check("gradients", not failed, worst, TENSOR_TOLERANCE, where, why, values)
+    when = 1 + _When.gradients
+    return Check("gradients", not failed, worst, TENSOR_TOLERANCE, where, why, values, when)
 
 
 def check_norm(records: Records) -> Check:
     """The global norm that clipping uses."""
-    check = check_scalar(records, "norm", "clip norm", TENSOR_TOLERANCE)
+    check = check_scalar(records, "norm", "clip norm", TENSOR_TOLERANCE, _When.norm)
     if not check.passed:
         reference = records.reference("gradients")
         wanted = {n.removeprefix("all:"): g for n, g in reference.items() if n.startswith("all:")}
@@ -231,7 +262,8 @@ def check_state(records: Records, prefix: str, name: str) -> Check:
     extra = [key for key in found if key.startswith(prefix) and key not in wanted]
     worst = max(off.values())
     where = (failed + extra)[0] if failed or extra else max(off, key=lambda key: off[key])
-    return Check(name, not failed and not extra, worst, TENSOR_TOLERANCE, where)
+    when = _When.weights if prefix == "model." else _When.optimizer
+    return Check(name, not failed and not extra, worst, TENSOR_TOLERANCE, where, when=when)
 
 
 def check_round_trip(records: Records) -> Check:
@@ -245,8 +277,9 @@ def check_round_trip(records: Records) -> Check:
     try:
         open_checkpoint(records.run_dir / "checkpoints").load_into(blank)
     except ConfigError as error:
-        return Check(name, False, math.inf, 0.0, str(error))
-    return _same_bits(name, [(piece.name, piece.tensor, live[piece.name]) for piece in blank])
+        return Check(name, False, math.inf, 0.0, str(error), when=_When.checkpoint)
+    pairs = [(piece.name, piece.tensor, live[piece.name]) for piece in blank]
+    return _same_bits(name, pairs, _When.checkpoint)
 
 
 def check_resume(records: Records) -> Check:
@@ -256,10 +289,10 @@ def check_resume(records: Records) -> Check:
     for rank, (old, new) in enumerate(zip(before, after, strict=True)):
         held = {piece.name: piece.tensor for piece in new}
         pairs += [(f"{p.name} on rank {rank}", held.get(p.name), p.tensor) for p in old]
-    return _same_bits("state after resume", pairs)
+    return _same_bits("state after resume", pairs, _When.resume)
 
 
-def _same_bits(name: str, pairs: list[tuple[str, Tensor | None, Tensor]]) -> Check:
+def _same_bits(name: str, pairs: Sequence[tuple[str, Tensor | None, Tensor]], when: float) -> Check:
     for key, found, wanted in pairs:
         if found is None or not torch.equal(found, wanted):
             suspicion = ""
@@ -269,5 +302,5 @@ def _same_bits(name: str, pairs: list[tuple[str, Tensor | None, Tensor]]) -> Che
                     suspicion = "the same values in another order: permuted"
             else:
                 off = math.inf
-            return Check(name, False, off, 0.0, key, suspicion)
+            return Check(name, False, off, 0.0, key, suspicion, when=when)
     return Check(name, True, 0.0, 0.0)

@@ -54,10 +54,10 @@ def shrink(asked: RunConfig, device: Device, recorder: CallbackConfig) -> tuple[
     dims = parallel_dims(c)
     train = c.train
     train.micro_batch = min(2, train.micro_batch)
-    train.global_batch = train.micro_batch * dims.dp * min(2, accumulation)
+    train.global_batch = train.micro_batch * dims.dp * (3 if accumulation > 1 else 1)  # 3: no degree's factor
     train.seq_len, train.steps = 24, STEPS
     train.dtype, train.num_threads, c.device = Dtype.fp32, 1, device
-    c.optim.schedule, c.optim.warmup_steps, c.optim.lr = Schedule.constant, 0, 1e-2
+    c.optim.schedule, c.optim.warmup_steps, c.optim.lr = Schedule.constant, 0, 1e-3
     c.optim.max_grad_norm = min(0.1, c.optim.max_grad_norm)  # so that it clips, if it ever does
     c.data.source, c.data.path, c.data.name = Source.stdlib, None, None
     c.data.target, c.data.kwargs = "trainer.proof.corpus:documents", {}

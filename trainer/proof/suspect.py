@@ -124,9 +124,9 @@ def norm(found: float, wanted: dict[str, Tensor], dims: ParallelDims) -> str:
                 f"experts count {name} ({number}) times": math.sqrt(dense + number * experts),
                 f"dense gradients count {name} ({number}) times": math.sqrt(number * dense + experts),
             }
-    for what, value in hypotheses.items():
-        if abs(found - value) <= _CLOSE * value:
-            return what
+    hits = [what for what, value in hypotheses.items() if abs(found - value) <= _CLOSE * value]
+    if hits:
+        return " or ".join(hits)
     whole = math.sqrt(dense + experts)
     if found < whole:
         return f"shards are left out: {found:.6g} of {whole:.6g} (a rank's own part, or some experts)"
