@@ -52,6 +52,10 @@ def complete_config(asked: RunConfig) -> RunConfig:
             fix,
         )
     validate(config)
+    if config.data.tokenizer.path is not None:
+        from trainer.data.tokenizer import fill_vocabulary
+
+        fill_vocabulary(config)
     return config
 
 

@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
     under_agent = os.environ.get("MUSTER_AGENT") == "1"
     if under_agent:
         die_with_parent(int(os.environ["MUSTER_AGENT_PID"]))
-    first_to_speak = _always
+    # Until it is known better, rank 0 speaks: what goes wrong before is its error, told to the others.
+    first_to_speak = _is_rank_0
     try:
         from trainer.launched import arrive
 
@@ -53,8 +54,8 @@ def main(argv: list[str]) -> int:
     return EXIT_STOPPED
 
 
-def _always() -> bool:
-    return True
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(kind: str, cause: str, exit_code: int) -> None:

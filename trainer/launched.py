@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch.distributed as dist
 from parallel.errors import ConfigError
 from trainer.compose import absolute_paths, compose, load_frozen
 from trainer.config import Machine, RunConfig, resolve
+from trainer.data.tokenizer import fill_vocabulary
 from trainer.environment import count_gpus, describe
 from trainer.rules import validate
 from trainer.run import Place
 from trainer.rundir import RunDirectory
 
 _TIMEOUT = timedelta(minutes=10)
+_HEARD_TIMEOUT = timedelta(seconds=30)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,14 @@ def arrive(argv: list[str], under_agent: bool) -> Arrival:
         store=dist.PrefixStore(f"generation-{generation}", store),
         agent=under_agent,
     )
-    return Arrival(config, run_dir, place, lambda: store.add("spoken", 1) == 1)
+    return Arrival(config, run_dir, place, lambda: _is_first(store))
+
+
+def _is_first(store: dist.Store) -> bool:
+    try:
+        return store.add("spoken", 1) == 1
+    except RuntimeError:  # its host is gone, and was the one to speak
+        return False
 
 
 def _store(rank: int, world_size: int, under_agent: bool) -> dist.Store:
@@ -92,13 +102,21 @@ def _from_rank_0(argv: list[str], rank: int, world_size: int, store: dist.Store)
         except ConfigError as error:
             failed = [error.field, str(error.value), error.relation, error.fix]
             store.set("run", json.dumps({"error": failed}))
+            _wait_until_heard(store, world_size)
             raise
         store.set("run", json.dumps(told))
         return told
     told = json.loads(store.get("run"))
+    store.set(f"heard-{rank}", "")
     if "error" in told:
         raise ConfigError(*told["error"])
     return told
+
+
+def _wait_until_heard(store: dist.Store, world_size: int) -> None:
+    """The store may live in this process: it must not end before the others have the error from it."""
+    with suppress(RuntimeError):
+        store.wait([f"heard-{rank}" for rank in range(1, world_size)], _HEARD_TIMEOUT)
 
 
 def _open_run(argv: list[str], world_size: int) -> tuple[RunDirectory, int]:
@@ -111,6 +129,7 @@ def _open_run(argv: list[str], world_size: int) -> tuple[RunDirectory, int]:
     asked.launcher.nnodes, asked.launcher.nproc_per_node = world_size // local, local
     config = resolve(absolute_paths(asked), Machine.here(count_gpus()))
     validate(config)
+    fill_vocabulary(config)
     if config.run.id is None:
         config.run.id = _job_id()
     run = RunDirectory.claim(config)

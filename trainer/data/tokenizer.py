@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from parallel.errors import ConfigError
+from trainer.config import RunConfig
 
 __all__ = ["END_OF_TEXT", "EOS_NAMES", "TextTokenizer"]
 
@@ -109,3 +110,15 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are shown by name."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def fill_vocabulary(config: RunConfig) -> None:
+    """Set ``model.vocab_size``, where it is left blank, to that of the tokenizer that the user gave.
+
+    ``resolve()`` cannot: it opens no files.
+
+    Raises:
+        ConfigError: the tokenizer cannot be read.
+    """
+    if config.model.vocab_size == -1 and config.data.tokenizer.path is not None:
+        config.model.vocab_size = TextTokenizer.load(config.data.tokenizer.path).vocab_size

@@ -1,0 +1,58 @@
+"""`muster train -m`: each point its own run; bad points are listed and stop no other."""
+
+from __future__ import annotations
+
+import json
+
+from tests.command import Workplace
+from tests.commands.watch import assert_nothing_left
+from trainer.compose import load_frozen
+
+
+def records(workplace: Workplace) -> dict[str, dict[str, str]]:
+    """The sweep's records, by overrides."""
+    found = sorted(workplace.run_dir.parent.glob("*/points/*.json"))
+    points = [json.loads(path.read_text()) for path in found]
+    return {" ".join(point["overrides"]): point for point in points}
+
+
+def test_every_combination_is_a_run_of_one_group(workplace: Workplace) -> None:
+    sweep = ["layout=dense,mixtral", "optim.lr=1e-3,3e-4", "train.steps=2"]
+    output = workplace.train("-m", *sweep, "run.id=null")
+    points = records(workplace)
+    assert sorted(points) == [
+        f"layout={a} optim.lr={b}" for a in ("dense", "mixtral") for b in ("0.0003", "0.001")
+    ]
+    for overrides, point in points.items():
+        assert point["status"] == "done"
+        assert overrides.split()[0] in output and point["run_dir"].rsplit("/")[-1] in output
+    configs = [load_frozen(path) for path in workplace.run_dir.parent.glob("*/config.yaml")]
+    assert len(configs) == 4
+    assert len({config.run.group for config in configs}) == 1 and configs[0].run.group
+    assert sorted((c.layout.name, c.optim.lr) for c in configs) == [
+        ("dense", 0.0003),
+        ("dense", 0.001),
+        ("mixtral", 0.0003),
+        ("mixtral", 0.001),
+    ]
+
+
+def test_bad_points_are_listed_and_stop_no_other(workplace: Workplace) -> None:
+    bomb = '[{target: "tests.chaos.plugins:KillAlways"}]'
+    output = workplace.train(
+        "-m",
+        "model.num_kv_heads=3,2",
+        f"callbacks={bomb},[]",
+        "train.steps=2",
+        "resilience.max_restarts=0",
+        expect=1,
+    )
+    points = list(records(workplace).values())
+    assert [point["status"] for point in points] == ["invalid", "invalid", "failed", "done"]
+    assert "model.num_kv_heads=3: must divide model.num_heads = 4" in points[0]["message"]
+    assert "SIGKILL" in points[2]["message"]
+    table = output[output.index("sweep ") :]
+    assert [table.count(word) for word in ("invalid", "failed", "done")] == [2, 1, 1]
+    assert "must divide" in table
+    assert "Traceback" not in output
+    assert_nothing_left(workplace)
