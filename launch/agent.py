@@ -18,7 +18,6 @@ from __future__ import annotations
 import enum
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,23 +51,19 @@ class RestartBudget:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM and a closed terminal, as flags that the watch loop reads."""
+    """Ctrl-C, SIGTERM and a closed terminal, as flags that the watch loop reads.
+
+    The handler takes no lock: it may have interrupted whoever holds it.
+    """
 
     def __init__(self) -> None:
         self.cause: str | None = None
         self.now = False
-        self._wake = threading.Event()
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, or until a signal comes."""
-        self._wake.wait(seconds)
-        self._wake.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A second Ctrl-C is impatience; schedulers repeat SIGTERM and mean it only once.
         self.now = self.now or (self.cause is not None and number == signal.SIGINT)
         self.cause = self.cause or signal.Signals(number).name
-        self._wake.set()
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -167,7 +162,7 @@ class Agent:
             if deadline is not None and time.monotonic() > deadline:
                 self._say(f"Not saved within resilience.stop_grace_seconds={self.stop_grace_seconds:g}.")
                 return _End.stopped
-            self.stop.wait(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def _settled(self, group: WorkerGroup) -> Failure | None:
         """The origin of a failure; a witness alone is given a moment for the culprit to show."""
@@ -176,7 +171,7 @@ class Agent:
             failure = diagnose(group)
             if (failure is not None and failure.certain) or time.monotonic() > until:
                 return failure
-            self.stop.wait(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
             group.poll()
 
     def _record_failure(self, failure: Failure, generation: int) -> None:

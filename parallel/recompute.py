@@ -8,8 +8,8 @@ all-to-alls, not six. All else is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -41,21 +41,30 @@ def recorded(make: Callable[[], T]) -> T:
     return tape.values[tape.position - 1]
 
 
-@contextmanager
-def _play(tape: _Tape, replay: bool) -> Iterator[None]:
-    tape.position = 0 if replay else None
-    token = _tape.set(tape)
-    try:
-        yield
-    finally:
-        _tape.reset(token)
+class _Play(AbstractContextManager[None]):
+    """Puts a tape in place; may be entered again, as a second backward over a kept graph does."""
+
+    def __init__(self, tape: _Tape, replay: bool) -> None:
+        self._tape, self._replay = tape, replay
+
+    def __enter__(self) -> None:
+        self._tape.position = 0 if self._replay else None
+        self._token = _tape.set(self._tape)
+
+    def __exit__(self, *error: object) -> None:
+        _tape.reset(self._token)
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` keeping only its inputs and recorded values for backward (arXiv:1604.06174)."""
+    """``function(*args)`` keeping only its inputs and recorded values for backward (arXiv:1604.06174).
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    Inside another such call it is the outer one that keeps and recomputes.
+    """
+    if _tape.get() is not None:
+        return function(*args)
+
+    def contexts() -> tuple[_Play, _Play]:
         tape = _Tape()
-        return _play(tape, replay=False), _play(tape, replay=True)
+        return _Play(tape, replay=False), _Play(tape, replay=True)
 
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)

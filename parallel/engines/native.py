@@ -72,7 +72,8 @@ class NativeEngine:
         self._masters = dict(model.named_parameters())
         for name, parameter in self._masters.items():
             self._locals[name] = nn.Parameter(_local(parameter.detach()), requires_grad=True)
-        self.optimizer = self.make_optimizer([(n, p) for n, p in self._locals.items() if p.numel()])
+        # Empty slices too: their slots must be there for a checkpoint of another layout to fill.
+        self.optimizer = self.make_optimizer(list(self._locals.items()))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -86,7 +87,11 @@ class NativeEngine:
 
     def step(self, lr: float) -> None:
         for name, parameter in self._masters.items():
-            self._locals[name].grad = None if parameter.grad is None else _local(parameter.grad)
+            local = self._locals[name]
+            if parameter.grad is not None:
+                local.grad = _local(parameter.grad)
+            elif local.numel() == 0:
+                local.grad = torch.zeros_like(local)  # so that its step count keeps up with the other ranks'
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -126,9 +131,6 @@ class NativeEngine:
         policy = MixedPrecisionPolicy(
             param_dtype=self.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        exact = MixedPrecisionPolicy(
-            param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
         ignored: set[nn.Parameter] = set()
         for _, experts in expert_modules(model):
             if meshes.expert_fsdp is None:
@@ -141,11 +143,8 @@ class NativeEngine:
                 reshard_after_forward=self.reshard_after_forward,
                 shard_placement_fn=lambda _: Shard(EXPERT.shard_dims["expert_shard"]),
             )
-        if self.param_dtype != torch.float32:
-            for module in model.modules():
-                if getattr(module, "keep_fp32", False):
-                    fully_shard(module, mesh=meshes.fsdp, mp_policy=exact)
         for unit in _shard_units(model):
+            self._shard_fp32(unit, meshes)
             fully_shard(
                 unit,
                 mesh=meshes.fsdp,
@@ -153,12 +152,27 @@ class NativeEngine:
                 reshard_after_forward=self.reshard_after_forward,
                 ignored_params=ignored,
             )
+        self._shard_fp32(model, meshes)
         fully_shard(model, mesh=meshes.fsdp, mp_policy=policy, ignored_params=ignored)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # FSDP2 averages by default; gloo knows no pre-multiplied sum, hence the second call.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+    def _shard_fp32(self, unit: nn.Module, meshes: Meshes) -> None:
+        """Gather what must not be rounded (norms, routers) in fp32: one more collective a unit."""
+        exact = [
+            module
+            for module in unit.modules()
+            if getattr(module, "keep_fp32", False) and not isinstance(module, FSDPModule)
+        ]
+        if self.param_dtype != torch.float32 and exact:
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            reshard = self.reshard_after_forward
+            fully_shard(exact, mesh=meshes.fsdp, mp_policy=policy, reshard_after_forward=reshard)
 
     def _slice(self, key: str, name: str, parameter: nn.Parameter, local: Tensor) -> StateSlice:
         """A tensor laid out like ``parameter``: where this rank's part stands in the whole."""

@@ -179,3 +179,27 @@ def prove_layout(
     place = Place(rank, rank, world, generation, store, agent=True)
     with MUTATIONS[mutation](config, rank) if mutation else nullcontext():
         run_worker(config, Path(run_dir), place)
+
+
+def dtypes_in_forward(rank: int, world: int, config: RunConfig) -> dict[str, str]:
+    """The dtype in which each kind of weight takes part in a forward pass, and that of masters and gradients."""
+    meshes = build_meshes(parallel_dims(config), "cpu")
+    engine = build_engine(config, meshes, torch.device("cpu"))
+    engine.prepare(build_model(config, build_dispatcher(meshes)))
+    initialise(engine.model, engine.named_state(), 0)
+    seen: dict[str, str] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: torch.nn.Module, *_: Any) -> None:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                seen[f"{name}.{leaf}"] = str(parameter.dtype)
+
+        return hook
+
+    for name, module in engine.model.named_modules():
+        module.register_forward_pre_hook(look(name))
+    stepper = Stepper(engine, config, torch.device("cpu"), wants_stop=lambda: False)
+    share = config.train.global_batch // world
+    stepper.train_step(0, [oracle.rows(oracle.batch_of_step(config, 0), rank * share, (rank + 1) * share)])
+    masters = {str(piece.tensor.dtype) for piece in engine.named_state()}
+    return {**seen, "masters": ",".join(sorted(masters))}

@@ -67,6 +67,20 @@ def test_loading_changes_no_bit_in_any_layout(pool: Pool, tmp_path: Path, layout
     assert kinds == {"exp_avg", "exp_avg_sq", "step"}
 
 
+def test_ranks_that_hold_nothing_of_a_tensor_resume_too(pool: Pool, tmp_path: Path) -> None:
+    """FSDP deals 5 rows of a router to 4 ranks as 2, 2, 1, 0."""
+    config = cases.small_config(
+        "layout.num_experts=5", "launcher.nproc_per_node=4", "train.seq_len=20", "model.vocab_size=265"
+    )
+    whole = cases.small_config("layout.num_experts=5", "train.seq_len=20", "model.vocab_size=265")
+    losses: dict[int, float] = {}
+    for leg, (world, legs_config) in enumerate([(4, config), (4, config), (1, whole), (4, config)]):
+        args = (legs_config, 2 * leg + 2, str(tmp_path), 2 * leg)
+        losses |= pool.run(cases.train_with_checkpoints, world, *args)[0]["losses"]
+    expected = run_oracle(whole, 8).losses
+    assert [losses[step] for step in range(8)] == pytest.approx(expected, rel=1e-5, abs=0.0)
+
+
 def test_every_layout_starts_from_the_same_bits(pool: Pool, tmp_path: Path) -> None:
     digests = set()
     for number, mesh in enumerate((ONE, FSDP2, EP4, EP2_DP2, HSDP)):

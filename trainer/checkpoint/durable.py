@@ -202,7 +202,7 @@ class DurableCheckpointer:
                 self._best_pending = step
             elif self.committed(step):
                 self._link_best(step)
-            else:
+            elif self._error is None:  # else its save has failed, which the next call says
                 raise ConfigError(
                     "checkpoint", step_name(step), "only a saved step can be the best", "save the step first"
                 )

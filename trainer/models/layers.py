@@ -29,6 +29,8 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dim (arXiv:1910.07467), computed in fp32."""
 
+    keep_fp32 = True
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps

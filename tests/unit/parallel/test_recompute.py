@@ -40,3 +40,28 @@ def test_the_rest_is_computed_again() -> None:
 
 def test_outside_a_recomputation_nothing_is_kept() -> None:
     assert [recorded(lambda: 1), recorded(lambda: 2)] == [1, 2]
+
+
+def test_a_second_backward_over_a_kept_graph_replays_again() -> None:
+    calls = []
+
+    def function(x: Tensor) -> Tensor:
+        factor = recorded(lambda: calls.append(1) or torch.tensor(3.0))
+        return (x * factor).sin()
+
+    x = torch.tensor(0.2, requires_grad=True)
+    y = recomputed(function, x)
+    first = torch.autograd.grad(y, x, retain_graph=True)
+    assert torch.autograd.grad(y, x) == first
+    assert len(calls) == 1
+
+
+def test_nested_recomputations_decide_once() -> None:
+    calls = []
+
+    def inner(x: Tensor) -> Tensor:
+        return x.sin() * recorded(lambda: calls.append(1) or torch.tensor(2.0))
+
+    x = torch.tensor(0.2, requires_grad=True)
+    recomputed(lambda x: recomputed(inner, x).cos(), x).backward()
+    assert len(calls) == 1
