@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -72,7 +71,9 @@ def test_killing_the_agent_leaves_no_worker_and_no_lock(workplace: Workplace, ca
     offline = "logger.wandb.mode=offline"  # its service process must go, too
     code, _ = train_with(workplace, signal_agent(workplace, signal.SIGKILL), "checkpoint.every=4", offline)
     assert code == -signal.SIGKILL
-    assert Path(workplace.run_dir / "wandb").is_dir()
     workplace.resume()
     assert workplace.digest() == calm.digest()
     assert_nothing_left(workplace)
+    offline_runs = [path.name for path in (workplace.run_dir / "wandb").glob("offline-run-*")]
+    assert len(offline_runs) == 2
+    assert len({name.split("-", 3)[3] for name in offline_runs}) == 1, "the same W&B run, by its id"

@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 class FilledModel(Model):
     def init_buffers(self) -> None:
-        self.mask.fill_(1.0)
+        self.get_buffer("mask").fill_(1.0)
 
 
 class Layer(nn.Module):
