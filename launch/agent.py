@@ -6,7 +6,7 @@
                                    │ ──▶ one exits 2 ──────────────▶ stop all; the user's error (2)
                                    │ ──▶ stop asked for, exit 75 ──▶ saved, resumable (75)
                                    └ ──▶ anything else ──▶ SIGKILL the rest, event `failure`
-                                                             │ budget left: event `restart`, generation g + 1
+                                                             │ budget left: generation g + 1
                                                              └ spent: gave up (70)
 
 The store that workers meet at lives in this process and outlives generations; each generation uses a key
@@ -118,7 +118,6 @@ class Agent:
             while True:
                 with WorkerGroup(self.plan, self.run_directory.path, generation) as group:
                     end = self._watch(group)
-                    noticed = time.time()
                     failure = self._settled(group) if end is _End.failed else None
                     if end is _End.failed and any(w.code == EXIT_STOPPED for w in group.workers):
                         # The others saved and left; this one fell over their absence.
@@ -137,7 +136,6 @@ class Agent:
                 if not self.budget.spend(self.run_directory.newest_checkpoint()):
                     return self._gave_up(failure)
                 generation += 1
-                self._record_restart(generation, noticed)
 
     def _watch(self, group: WorkerGroup) -> _End:
         """Until the group has ended in one way or another; returns at the first failure."""
@@ -189,11 +187,6 @@ class Agent:
         )
         self._say(f"rank {failure.rank} failed ({failure.kind}): {failure.cause}. Its log: {worker.log}")
 
-    def _record_restart(self, generation: int, since: float) -> None:
-        kept = self.run_directory.newest_checkpoint() or 0
-        lost = max(0, self.run_directory.last_logged_step() - kept)
-        self._event("restart", generation=generation, restart_seconds=time.time() - since, lost_steps=lost)
-
     def _event(self, event: str, **fields: Any) -> None:
         step = self.run_directory.last_logged_step()
         try:
@@ -211,6 +204,7 @@ class Agent:
 
     def _gave_up(self, failure: Failure) -> Outcome:
         restarts = self.budget.used - 1
+        self._event("stop", reason=f"gave up: {failure.cause}", resumable=True)
         return Outcome(
             EXIT_GAVE_UP,
             f"Gave up after {restarts} restart(s) without a new checkpoint (resilience.max_restarts="

@@ -19,16 +19,19 @@ from typing import NoReturn
 
 from parallel.errors import ConfigError
 from trainer.process import die_with_parent
+from trainer.resilience import StopSignal
 
 EXIT_CONFIG = 2
 EXIT_STOPPED = 75
 
 
-def main(argv: list[str]) -> int:
-    """Run one rank; returns the exit code."""
+def main(argv: list[str]) -> NoReturn:
+    """Run one rank, and leave with its exit code."""
     under_agent = os.environ.get("MUSTER_AGENT") == "1"
     if under_agent:
         die_with_parent(int(os.environ["MUSTER_AGENT_PID"]))
+    stop = StopSignal()
+    stop.listen()
     # Until it is known better, rank 0 speaks: what goes wrong before is its error, told to the others.
     first_to_speak = _is_rank_0
     try:
@@ -38,7 +41,7 @@ def main(argv: list[str]) -> int:
         first_to_speak = arrival.first_to_speak
         from trainer.run import run_worker
 
-        finished = run_worker(arrival.config, arrival.run_dir, arrival.place)
+        finished = run_worker(arrival.config, arrival.run_dir, arrival.place, stop)
     except ConfigError as error:
         _report("config", str(error), EXIT_CONFIG)
         if first_to_speak():
@@ -49,9 +52,9 @@ def main(argv: list[str]) -> int:
         _report("crash", "".join(traceback.format_exception_only(error)).strip(), 1)
         # No collective, no destructor that waits for a peer: the others are told by our death.
         _leave(1)
-    if finished or not under_agent:
-        return 0  # another launcher would take any other code for a failure
-    return EXIT_STOPPED
+    # Another launcher would take any other code for a failure. Everything is closed; without the interpreter's
+    # own way out, which gives signals their default back, a late SIGTERM cannot make this look like a death.
+    _leave(0 if finished or not under_agent else EXIT_STOPPED)
 
 
 def _is_rank_0() -> bool:
@@ -79,4 +82,4 @@ def _leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.errors import ConfigError
 from trainer.data.tokenizer import TextTokenizer
 
 
@@ -36,6 +37,9 @@ def sample(
 
     Returns:
         The continuation, without the prompt.
+
+    Raises:
+        ConfigError: the model's logits are not finite.
     """
     tokens = tokenizer.encode(prompt) or [tokenizer.eos]
     start = len(tokens)
@@ -44,7 +48,15 @@ def sample(
     model.eval()
     for _ in range(max_new_tokens):
         window = torch.tensor([tokens[-context:]], device=device)
-        chosen = _draw(model(window)[0, -1].float().cpu(), temperature, top_p, generator)
+        logits_V = model(window)[0, -1].float().cpu()
+        if not bool(torch.isfinite(logits_V).all()):
+            raise ConfigError(
+                "checkpoint",
+                "weights",
+                "the model's logits are not finite: it has diverged",
+                "use an earlier checkpoint",
+            )
+        chosen = _draw(logits_V, temperature, top_p, generator)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.broadcast(chosen, src=0)
         if int(chosen) == tokenizer.eos:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from parallel.dims import ParallelDims
 from parallel.engines.base import Engine, StateSlice
+from parallel.errors import ConfigError
 from trainer.callbacks import Callback
 from trainer.checkpoint.digest import combine, weights_digest
 from trainer.checkpoint.durable import DurableCheckpointer
@@ -83,7 +85,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self)
         if state.step == 0 and config.eval.every:
-            state.untrained_loss = self.evaluate()
+            state.untrained_loss, _ = self.evaluate()
         while state.step < config.train.steps:
             result = self.step()
             last = state.step == config.train.steps
@@ -120,18 +122,19 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_gradients(self)
 
-    def evaluate(self) -> float:
-        """Held-out loss in nats a token. Collective."""
+    def evaluate(self) -> tuple[float, bool]:
+        """Held-out loss in nats a token, and whether it is the lowest so far. Collective."""
         began = time.perf_counter()
         totals = self.stepper.evaluate(self.valid)
         loss = totals.mean(totals.cross_entropy)
-        best = self.state.best_loss is None or loss < self.state.best_loss
+        # A loss that is not a number is never the best.
+        best = math.isfinite(loss) and (self.state.best_loss is None or loss < self.state.best_loss)
         self.state.valid_loss = loss
         seconds = time.perf_counter() - began
         self.log.event("evaluation", self.state.step, loss_valid=loss, best=best, seconds=seconds)
         for callback in self.callbacks:
             callback.on_evaluation(self, loss)
-        return loss
+        return loss, best
 
     def save(self, best: bool = False) -> None:
         """Begin a checkpoint of this step; returns after the copy. Collective.
@@ -144,18 +147,24 @@ class Trainer:
         trainer_state = {
             **asdict(self.state),
             "loader": merge_states(states),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "callbacks": [
+                {"target": entry.target, "state": callback.state_dict()}
+                for entry, callback in zip(self.config.callbacks, self.callbacks, strict=True)
+            ],
         }
         rank_tensors = {"torch_rng": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        if self.stepper.device.type == "cuda":
             rank_tensors["cuda_rng"] = torch.cuda.get_rng_state()
         info = {"parallel": str(self.dims), "torch": torch.__version__, "name": self.config.run.name}
         self.checkpoints.save(self.state.step, self.engine.named_state(), trainer_state, rank_tensors, info)
         if best:
             self.checkpoints.mark_best(self.state.step)
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint) -> str:
         """Take over all of a checkpoint's state, whatever layout wrote it.
+
+        Returns:
+            What is to be said about callbacks that found no state of theirs, or states without a callback.
 
         Raises:
             ConfigError: it is of another model, optimizer or data.
@@ -163,16 +172,35 @@ class Trainer:
         checkpoint.load_into(self.engine.named_state())
         saved = dict(checkpoint.trainer)
         self.loader.load_state_dict(saved.pop("loader"))
-        callback_states = saved.pop("callbacks")
-        if len(callback_states) == len(self.callbacks):
-            for callback, state in zip(self.callbacks, callback_states, strict=True):
-                callback.load_state_dict(state)
+        unclaimed = self._load_callbacks(saved.pop("callbacks"))
         self.state = TrainState(**saved)
         if checkpoint.world_size == self.dims.world_size:
             rank_tensors = checkpoint.rank_tensors(self.rank)
             torch.set_rng_state(rank_tensors["torch_rng"])
-            if torch.cuda.is_available() and "cuda_rng" in rank_tensors:
+            if self.stepper.device.type == "cuda" and "cuda_rng" in rank_tensors:
                 torch.cuda.set_rng_state(rank_tensors["cuda_rng"])
+        return unclaimed
+
+    def _load_callbacks(self, saved: list[dict[str, Any]]) -> str:
+        """Give each callback the next saved state of its own target."""
+        new = []
+        for entry, callback in zip(self.config.callbacks, self.callbacks, strict=True):
+            mine = next((item for item in saved if item["target"] == entry.target), None)
+            if mine is None:
+                new.append(entry.target)
+            else:
+                saved.remove(mine)
+                callback.load_state_dict(mine["state"])
+        gone = [item["target"] for item in saved if item["state"]]
+        parts = [f"begin without saved state: {', '.join(new)}"] if new else []
+        parts += [f"saved state of callbacks that are gone: {', '.join(gone)}"] if gone else []
+        return "; ".join(parts)
+
+    def link_best(self) -> None:
+        """Name the best step again, in case the run died between its commit and its naming."""
+        best = self.state.best_step
+        if self.rank == 0 and best is not None and self.checkpoints.committed(best):
+            self.checkpoints.mark_best(best)
 
     def digest(self) -> str:
         """``weights_digest`` of the weights and buffers as they are now. Collective."""
@@ -183,13 +211,11 @@ class Trainer:
 
     def _evaluate_and_log(self, record: dict[str, Any]) -> bool:
         """Evaluate at this step and log it with the step; returns whether it is the best so far."""
-        before = self.state.best_loss
-        loss = self.evaluate()
+        loss, best = self.evaluate()
         self._write(record, loss)
-        if before is not None and loss >= before:
-            return False
-        self.state.best_loss, self.state.best_step = loss, self.state.step
-        return True
+        if best:
+            self.state.best_loss, self.state.best_step = loss, self.state.step
+        return best
 
     def _end_step(self, result: StepResult, logged: bool) -> dict[str, Any]:
         """Metrics of this step where they are logged. The conversions to numbers are its only host syncs."""
@@ -230,17 +256,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_finish(self)
         config, state = self.config, self.state
-        text = None
-        if config.eval.sample_tokens:
-            text = sample(
-                self.engine.model,
-                self.prepared.tokenizer,
-                config.eval.sample_prompt,
-                config.eval.sample_tokens,
-                device=self.stepper.device,
-                context=config.train.seq_len,
-                seed=config.train.seed,
-            )
+        text = self._sample() if config.eval.sample_tokens else None
         self.log.event(
             "finish",
             state.step,
@@ -254,6 +270,22 @@ class Trainer:
             best_loss=state.best_loss,
             sample=None if text is None else {"prompt": config.eval.sample_prompt, "text": text},
         )
+
+    def _sample(self) -> str | None:
+        config = self.config
+        try:
+            return sample(
+                self.engine.model,
+                self.prepared.tokenizer,
+                config.eval.sample_prompt,
+                config.eval.sample_tokens,
+                device=self.stepper.device,
+                context=config.train.seq_len,
+                seed=config.train.seed,
+            )
+        except ConfigError as error:  # the same on every rank; a finished run must not fail over its sample
+            self.log.event("alarm", self.state.step, kind="sample", message=str(error))
+            return None
 
 
 def owned_bytes(slices: Iterable[StateSlice]) -> int:

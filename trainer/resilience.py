@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -24,12 +22,8 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals; what they did before is put back at the end."""
-        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listen(self) -> None:
+        """Handle the signals from here to the end of the process: one that comes late, while the process
+        leaves, must not turn a saved run into a killed one."""
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)

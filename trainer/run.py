@@ -19,6 +19,7 @@ from parallel.dims import ParallelDims
 from parallel.engines.base import Engine
 from parallel.errors import ConfigError
 from parallel.mesh import Meshes, build_meshes
+from trainer.bits import mix64_int
 from trainer.build import build_callbacks, build_dispatcher, build_engine, build_model, torch_dtype
 from trainer.checkpoint.durable import DurableCheckpointer, check_room, check_writable, remove_stale
 from trainer.checkpoint.files import storage_error, write_durably
@@ -58,23 +59,23 @@ class Place:
     agent: bool
 
 
-def run_worker(config: RunConfig, run_dir: Path, place: Place) -> bool:
+def run_worker(config: RunConfig, run_dir: Path, place: Place, stop: StopSignal) -> bool:
     """Build everything, load the newest state, train. Returns whether the run is finished.
 
     Args:
         config: resolved and validated; the same on every rank.
+        stop: asks this rank to save and leave.
 
     Raises:
         ConfigError: an input that cannot work (StorageError among them).
     """
     torch.set_num_threads(config.train.num_threads)
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read when CUDA starts; makes cuBLAS repeatable
+    # Read when CUDA starts; makes cuBLAS repeatable.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling every new tensor with NaN costs time and only shows reads of memory that was never written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.manual_seed(config.train.seed * 1_000_003 + place.rank)
+    torch.manual_seed(mix64_int(config.train.seed + (place.rank << 32)) >> 1)
     device = _device(config, place)
     timeout = timedelta(seconds=config.resilience.collective_timeout_seconds)
     dist.init_process_group(
@@ -87,15 +88,13 @@ def run_worker(config: RunConfig, run_dir: Path, place: Place) -> bool:
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
-    stop = StopSignal()
-    with stop.listening():
-        dims = parallel_dims(config)
-        meshes = build_meshes(dims, device.type)
-        trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
-        try:
-            return trainer.train()
-        finally:
-            trainer.log.close()
+    dims = parallel_dims(config)
+    meshes = build_meshes(dims, device.type)
+    trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
+    try:
+        return trainer.train()
+    finally:
+        trainer.log.close()
 
 
 def _device(config: RunConfig, place: Place) -> torch.device:
@@ -207,7 +206,7 @@ def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
     found = _agree_on_checkpoint(trainer, skipped)
     own = found is not None and found.path.parent == trainer.checkpoints.directory
     weights_only = found is not None and not own and config.checkpoint.load_weights_only
-    resume = None
+    resume, unclaimed = None, ""
     if found is None or weights_only:
         initialise(trainer.engine.model, trainer.engine.named_state(), config.train.seed)
     fill_buffers(trainer.engine.model)  # before the load: what is in a checkpoint comes from there
@@ -215,7 +214,8 @@ def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
         weights = (piece for piece in trainer.engine.named_state() if piece.name.startswith("model."))
         found.load_into(weights, prefix="model.")
     elif found is not None:
-        trainer.load(found)
+        unclaimed = trainer.load(found)
+        trainer.link_best()
     if found is not None:
         resume = {"tier": "durable", "path": str(found.path)}
     cost = trainer.hardware.cost
@@ -240,6 +240,8 @@ def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
         },
     }
     trainer.log.begin(trainer.state.step, start, resume)
+    if unclaimed:
+        trainer.log.event("alarm", trainer.state.step, kind="callbacks_changed", message=unclaimed)
     for path, reason in skipped:
         message = f"skipped a damaged checkpoint: {path} {reason}"
         trainer.log.event("alarm", trainer.state.step, kind="corrupt_checkpoint", message=message)

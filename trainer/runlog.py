@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ class RunLog:
         self._metrics = metrics_writer(run_dir)
         self._events = events_writer(run_dir)
         self._view: TerminalView | None = None
+        self._wandb: WandbSink | None = None
+        self._early: list[tuple[str, str]] = []
+        self.wandb_id = _wandb_id(config, read_events(run_dir / EVENTS_FILE))
         if terminal and config.logger.terminal is not Terminal.off:
             self._view = TerminalView(
                 config.logger.terminal.value, config.train.steps, name=f"{config.run.name}/{config.run.id}"
@@ -61,31 +65,60 @@ class RunLog:
         self._wandb = WandbSink(
             run_dir,
             mode=wandb.mode.value,
-            run_id=wandb_id(config),
+            run_id=self.wandb_id,
             project=wandb.project,
             name=f"{config.run.name}/{config.run.id}",
             group=config.run.group,
             entity=wandb.entity,
             config=config_values,
-            on_alarm=lambda kind, message: self.event("alarm", self._step, kind=kind, message=message),
+            on_alarm=self._alarm,
         )
+
+    def _alarm(self, kind: str, message: str) -> None:
+        if self._meter is None:
+            self._early.append((kind, message))  # written once this generation's `start` is
+        else:
+            self.event("alarm", self._step, kind=kind, message=message)
 
     def begin(self, step: int, start: Mapping[str, Any], resume: Mapping[str, Any] | None) -> None:
         """Open a generation at ``step``: forget records of later steps, write ``start`` and ``resume``."""
         if not self.active:
             return
         self._step = step
+        restart = self._restart(step, int(start["generation"]))
         try:
             self._metrics.truncate_after(step)
         except OSError as error:
             raise storage_error(error, self._metrics.path, 0, field="run.root") from error
-        self.event("start", step, **start)
+        self.event("start", step, **start, wandb_id=self.wandb_id)
+        if restart is not None:
+            self.event("restart", step, **restart)
         if resume is not None:
             self.event("resume", step, **resume)
         # Only now are the files as the meter wants them.
         self._meter = GoodputMeter(
             read_events(self.run_dir / EVENTS_FILE), read_metrics(self.run_dir / METRICS_FILE)
         )
+        for kind, message in self._early:
+            self._alarm(kind, message)
+
+    def _restart(self, step: int, generation: int) -> dict[str, Any] | None:
+        """If the generation before this one died: since when, and which of its steps are to be redone."""
+        events = read_events(self.run_dir / EVENTS_FILE)
+        starts = [index for index, event in enumerate(events) if event["event"] == "start"]
+        since = events[starts[-1] :] if starts else []
+        if not since or any(event["event"] in ("stop", "finish") for event in since):
+            return None
+        records = read_metrics(self.run_dir / METRICS_FILE)
+        died = next((event["time"] for event in since if event["event"] == "failure"), None)
+        if died is None:  # nobody watched: it was last seen when it last wrote
+            died = max(entry["time"] for entry in (since[-1], *records[-1:]))
+        last = max((record["step"] for record in records), default=0)
+        return {
+            "generation": generation,
+            "restart_seconds": time.time() - died,
+            "lost_steps": max(0, last - step),
+        }
 
     def event(self, event: str, step: int, **fields: Any) -> None:
         """Write one event to every sink. Raises StorageError if the disk does not take it."""
@@ -97,7 +130,8 @@ class RunLog:
             self._meter.event(record)
         if self._view is not None:
             self._view.event(record)
-        self._wandb.event(record)
+        if self._wandb is not None:
+            self._wandb.event(record)
 
     def metrics(self, record: dict[str, Any], step_seconds: float) -> None:
         """Write one logged step. Raises StorageError if the disk does not take it.
@@ -115,7 +149,8 @@ class RunLog:
         _write(self._metrics, record)
         if self._view is not None:
             self._view.metrics(record)
-        self._wandb.metrics(record)
+        if self._wandb is not None:
+            self._wandb.metrics(record)
 
     def goodput(self) -> float:
         """So far, 0 to 1."""
@@ -133,7 +168,8 @@ class RunLog:
             return
         if self._view is not None:
             self._view.close()
-        self._wandb.close()
+        if self._wandb is not None:
+            self._wandb.close()
         self._metrics.close()
         self._events.close()
 
@@ -145,6 +181,8 @@ def _write(writer: JsonlWriter, record: Mapping[str, Any]) -> None:
         raise storage_error(error, writer.path, len(encode(record)), field="run.root") from error
 
 
-def wandb_id(config: RunConfig) -> str:
-    """The W&B id of a run: the same in every generation, another for another run directory."""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", f"{config.run.name}-{config.run.id}")[:64]
+def _wandb_id(config: RunConfig, events: Sequence[Mapping[str, Any]]) -> str:
+    """The W&B id of a run: what its first start chose, so that every generation goes on with it."""
+    known = next((event["wandb_id"] for event in events if "wandb_id" in event), None)
+    readable = re.sub(r"[^A-Za-z0-9_-]", "-", f"{config.run.name}-{config.run.id}")[:48]
+    return known or f"{readable}-{secrets.token_hex(4)}"

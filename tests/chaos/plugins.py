@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from trainer.callbacks import Callback
 from trainer.data.batch import Batch
@@ -47,3 +48,44 @@ class KillAlways(Callback):
 
     def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class TerminateAt(Callback):
+    """SIGTERMs one rank alone in the middle of a step, as a scheduler may do."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        if (trainer.state.step, trainer.rank) == (self.step, self.rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class PoisonAt(Callback):
+    """Fills the head with NaN before a step: the model has diverged."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        if trainer.state.step == self.step:
+            for piece in trainer.engine.named_state():
+                if piece.name == "model.head.weight":
+                    piece.tensor.fill_(float("nan"))
+
+
+class Counter(Callback):
+    """Counts steps over restarts and says what it counted; ``name`` tells two of them apart."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count = name, 0
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, float]:
+        self.count += 1
+        return {f"user/{self.name}": self.count}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]

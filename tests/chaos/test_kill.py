@@ -13,7 +13,7 @@ from tests.command import Workplace
 STEPS, GLOBAL_BATCH = 30, 8
 
 
-def callback(name: str, **kwargs: object) -> str:
+def callback(name: str, /, **kwargs: object) -> str:
     """An entry of ``callbacks`` in Hydra's grammar, whose keys carry no quotes."""
     values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in kwargs.items())
     return f'{{target: "tests.chaos.plugins:{name}", kwargs: {{{values}}}}}'
@@ -73,3 +73,50 @@ def test_a_run_that_always_dies_gives_up_and_says_why(workplace: Workplace) -> N
     assert "Gave up after 1 restart(s)" in output
     assert "SIGKILL" in output
     assert "Traceback" not in output
+
+
+def test_one_rank_alone_is_preempted_and_all_save_and_leave(workplace: Workplace) -> None:
+    two = ["launcher.nproc_per_node=2", "parallel.ep=2", "train.steps=8"]
+    for attempt in range(3):  # the race that this is about does not show every time
+        options = [f"callbacks=[{callback('TerminateAt', step=3, rank=1)}]", f"run.id=t{attempt}"]
+        output = workplace.train(*two, *options, expect=75)
+        run_dir = workplace.path / "runs" / "e2e" / f"t{attempt}"
+        assert "muster resume" in output
+        assert not workplace.events("failure", run_dir)
+        assert [event["step"] for event in workplace.events("stop", run_dir)] == [4]
+        assert (run_dir / "checkpoints" / "step-00000004" / "manifest.json").is_file()
+
+
+def test_a_diverged_model_is_never_the_best_and_never_fails_the_run(workplace: Workplace) -> None:
+    workplace.train(
+        f"callbacks=[{callback('PoisonAt', step=4)}]",
+        "train.steps=8",
+        "eval.every=2",
+        "eval.sample_tokens=4",
+        "checkpoint.keep_last=1",
+    )
+    flags = {event["step"]: event["best"] for event in workplace.events("evaluation")}
+    assert flags == {0: True, 2: True, 4: True, 6: False, 8: False}
+    assert (workplace.run_dir / "checkpoints" / "best").resolve().name == "step-00000004"
+    assert workplace.events("finish")[-1]["sample"] is None
+    assert any("not finite" in event["message"] for event in workplace.events("alarm"))
+
+
+def test_callbacks_find_their_own_state_when_their_list_changes(workplace: Workplace) -> None:
+    counter = callback("Counter", name="n")
+    workplace.train(f"callbacks=[{counter}]", "train.steps=3")
+    recorder = callback("RecordSamples", folder=str(workplace.path / "seen"))
+    workplace.resume(f"callbacks=[{recorder},{counter}]", "train.steps=5")
+    assert [record["user/n"] for record in workplace.records("metrics.jsonl")] == [1, 2, 3, 4, 5]
+    (alarm,) = workplace.events("alarm")
+    assert alarm["kind"] == "callbacks_changed"
+    assert "RecordSamples" in alarm["message"]
+
+
+def test_best_is_named_again_if_the_run_died_before_naming_it(workplace: Workplace) -> None:
+    workplace.train("train.steps=4", "eval.every=2")
+    link = workplace.run_dir / "checkpoints" / "best"
+    named = link.resolve().name
+    link.unlink()
+    workplace.resume("train.steps=5", "eval.every=0")
+    assert link.resolve().name == named

@@ -174,11 +174,12 @@ def prove_layout(
 ) -> None:
     """A worker of `muster verify` in this process, with a bug injected."""
     from tests.distributed.mutations import MUTATIONS
+    from trainer.resilience import StopSignal
     from trainer.run import Place, run_worker
 
     place = Place(rank, rank, world, generation, store, agent=True)
     with MUTATIONS[mutation](config, rank) if mutation else nullcontext():
-        run_worker(config, Path(run_dir), place)
+        run_worker(config, Path(run_dir), place, StopSignal())
 
 
 def dtypes_in_forward(rank: int, world: int, config: RunConfig) -> dict[str, str]:

@@ -155,6 +155,7 @@ EVENTS: dict[str, dict[str, str]] = {
         "train_rows": "packed rows of the training split; null if streamed",
         "tokens_per_step": "over all ranks",
         "config": "short summary: name → value",
+        "wandb_id": "of the W&B run that every generation goes on with",
     },
     "resume": {
         "step": "of the state; comes after its generation's `start`",
@@ -175,7 +176,7 @@ EVENTS: dict[str, dict[str, str]] = {
     "failure": {"kind": "crash, hang, …", "rank": "that failed", "host": "its name", "cause": "evidence"},
     "restart": {
         "generation": "that starts",
-        "restart_seconds": "from the failure to the start of that generation",
+        "restart_seconds": "from the failure until the state was loaded again",
         "lost_steps": "to compute again",
     },
     "stop": {"reason": "why", "resumable": "whether `muster resume` can go on"},
@@ -193,7 +194,7 @@ EVENTS: dict[str, dict[str, str]] = {
     },
 }
 # Goodput puts an evaluation that was not timed under *other*.
-_OPTIONAL_FIELDS = {"evaluation": {"seconds"}}
+_OPTIONAL_FIELDS = {"evaluation": {"seconds"}, "start": {"wandb_id"}}
 
 _BY_NAME = {metric.name: metric for metric in (*_AXES, *METRICS)}
 _LOAD = re.compile(r"moe/L(\d+)/load")

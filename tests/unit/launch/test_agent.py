@@ -77,10 +77,9 @@ if generation == 0:
 """
     agent = make_agent(worker(body))
     assert agent.run().code == 0
-    (failure,), (restart,) = events(run, "failure"), events(run, "restart")
+    (failure,) = events(run, "failure")
     assert (failure["rank"], failure["kind"], failure["cause"]) == (1, "crash", "killed by SIGKILL")
     assert (failure["step"], failure["generation"]) == (13, 0)
-    assert (restart["generation"], restart["lost_steps"]) == (1, 3)
     assert is_gone(int((run.path / "ready-0").read_text()))
     assert any("rank-1.log" in line for line in agent.said)  # type: ignore[attr-defined]
 
@@ -107,7 +106,9 @@ def test_gives_up_with_the_last_cause(run: RunDirectory, worker: Worker, make_ag
     assert outcome.code == 70
     assert "after 2 restart(s)" in outcome.message and "ValueError: at 2" in outcome.message
     assert "muster resume" in outcome.message
-    assert len(events(run, "failure")) == 3 and len(events(run, "restart")) == 2
+    assert len(events(run, "failure")) == 3
+    (stop,) = events(run, "stop")
+    assert stop["resumable"] and "gave up" in stop["reason"]
 
 
 def test_a_new_checkpoint_refills_the_budget(run: RunDirectory, worker: Worker, make_agent: Make) -> None:
