@@ -12,14 +12,13 @@ from torch import nn
 from parallel.dispatch.all_to_all import AllToAllDispatcher
 from parallel.dispatch.base import Dispatcher
 from parallel.dispatch.local import LocalDispatcher
-from parallel.engines.base import whole_state
-from parallel.engines.native import NativeEngine
+from parallel.engines.base import Engine, whole_state
 from parallel.errors import ConfigError
 from parallel.mesh import Meshes
 from trainer.callbacks import Callback
 from trainer.checkpoint.resume import open_checkpoint
 from trainer.compose import load_frozen
-from trainer.config import Device, Dtype, RunConfig
+from trainer.config import Device, Dtype, EngineName, RunConfig, Sharding
 from trainer.data.tokenizer import TextTokenizer
 from trainer.models.init import fill_buffers
 from trainer.models.transformer import Transformer, default_feed_forward, takes
@@ -110,15 +109,26 @@ def build_dispatcher(meshes: Meshes) -> Dispatcher:
     return AllToAllDispatcher(meshes.ep)
 
 
-def build_engine(config: RunConfig, meshes: Meshes, device: torch.device) -> NativeEngine:
-    """The engine, not yet prepared."""
-    return NativeEngine(
-        meshes,
-        device,
-        torch_dtype(config),
-        lambda named: make_adamw(named, config.optim),
-        config.engine.reshard_after_forward,
-    )
+def build_engine(config: RunConfig, meshes: Meshes, device: torch.device) -> Engine:
+    """The engine, not yet prepared. Only the chosen one is imported.
+
+    Raises:
+        ConfigError: the launcher was told otherwise than the config (engine=accelerate).
+    """
+
+    def optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return make_adamw(named, config.optim)
+
+    arguments = (meshes, device, torch_dtype(config), optimizer, config.engine.reshard_after_forward)
+    if config.engine.name is EngineName.accelerate:
+        from parallel.engines.accelerate import AccelerateEngine
+
+        sharding = config.engine.sharding
+        wanted = sharding is Sharding.fsdp2 or (sharding is Sharding.auto and device.type == "cuda")
+        return AccelerateEngine(*arguments, shard=wanted and meshes.dims.dp_shard > 1)
+    from parallel.engines.native import NativeEngine
+
+    return NativeEngine(*arguments)
 
 
 def build_callbacks(config: RunConfig) -> list[Callback]:

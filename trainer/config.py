@@ -54,6 +54,13 @@ class Score(Enum):
 
 class EngineName(Enum):
     native = "native"
+    accelerate = "accelerate"
+
+
+class Sharding(Enum):
+    auto = "auto"
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
 
 
 class Schedule(Enum):
@@ -188,6 +195,9 @@ class EngineConfig:
     name: EngineName = EngineName.native
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward (ZeRO-3) or keep them (ZeRO-2)."""
+    sharding: Sharding = Sharding.auto
+    """accelerate: what it makes of the dense parameters; ddp: whole on every rank; fsdp2 (CUDA): sharded over
+    dp_shard; auto: fsdp2 where there is CUDA and dp_shard is above 1, else ddp."""
 
 
 @dataclass

@@ -7,10 +7,13 @@ from typing import Any
 from parallel.dims import ParallelDims, divisors, nearest
 from trainer.config import (
     AttentionKind,
+    Device,
+    EngineName,
     ModelConfig,
     RunConfig,
     Schedule,
     Score,
+    Sharding,
     Source,
     check_batch,
     parallel_dims,
@@ -45,6 +48,7 @@ def validate(config: RunConfig) -> None:
             f"layout={config.layout.name} has no experts to spread over ep ranks",
             "parallel.ep=1 or a layout with experts (layout=mixtral)",
         )
+    _check_engine(config)
     _check_data(config, dims)
     _check_optim(config)
     require(
@@ -189,7 +193,7 @@ def _check_layout(config: RunConfig, dims: ParallelDims) -> None:
         "the auxiliary-loss-free bias is added to sigmoid scores (arXiv:2408.15664)",
         "layout.score=sigmoid, or bias_update_rate=0 and balance.coefficient=0.01",
     )
-    if layout.target is None:
+    if layout.target is None and config.engine.name is EngineName.native:
         # FSDP2 shards an expert along the model dimension and cannot pad there.
         require(
             config.model.dim % dims.expert_shard == 0 and layout.expert_ffn_dim % dims.expert_shard == 0,
@@ -198,6 +202,34 @@ def _check_layout(config: RunConfig, dims: ParallelDims) -> None:
             f"each expert is sharded over dp_shard·cp·tp/ep = {dims.expert_shard} ranks, which must divide "
             f"model.dim = {config.model.dim} and layout.expert_ffn_dim = {layout.expert_ffn_dim}",
             f"parallel.ep={max(dims.legal_ep(num_experts))}",
+        )
+
+
+def _check_engine(config: RunConfig) -> None:
+    engine = config.engine
+    if engine.sharding is Sharding.auto:
+        return
+    require(
+        engine.name is EngineName.accelerate,
+        "engine.sharding",
+        engine.sharding.value,
+        f"a choice that engine=accelerate has, not engine={engine.name.value}",
+        "engine.sharding=auto, or engine=accelerate",
+    )
+    if engine.sharding is Sharding.fsdp2:
+        require(
+            config.device is Device.cuda,
+            "engine.sharding",
+            "fsdp2",
+            "on the CPU Accelerate ignores its FSDP plugin without a word and keeps every parameter whole",
+            "engine.sharding=ddp, or engine=native, which shards on the CPU too",
+        )
+        require(
+            config.parallel.dp_shard > 1,
+            "engine.sharding",
+            "fsdp2",
+            f"there is nothing to shard over: parallel.dp_shard = {config.parallel.dp_shard}",
+            "engine.sharding=ddp",
         )
 
 

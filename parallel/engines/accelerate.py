@@ -31,8 +31,8 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from parallel.engines.base import Shardable, StateSlice
-from parallel.engines.native import MakeOptimizer, NativeEngine
+from parallel.engines.base import StateSlice
+from parallel.engines.native import MakeOptimizer, NativeEngine, _shard_units
 from parallel.errors import ConfigError
 from parallel.gradients import clip_, global_norm
 from parallel.mesh import Meshes
@@ -159,7 +159,7 @@ class AccelerateEngine(NativeEngine):
             fsdp_version=2,
             reshard_after_forward=self.reshard_after_forward,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=sorted({type(unit).__name__ for unit in _units(model)}),
+            transformer_cls_names_to_wrap=sorted({type(unit).__name__ for unit in _shard_units(model)}),
             mixed_precision_policy=MixedPrecisionPolicy(
                 param_dtype=self.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
@@ -173,7 +173,7 @@ class AccelerateEngine(NativeEngine):
         """Let the plugin shard what is dense (DDP comes later: it copies values, which must have storage)."""
         if not self.shard:
             return
-        for unit in (*_units(model), model):
+        for unit in (*_shard_units(model), model):
             self._shard_fp32(unit, meshes)
         # It insists on an optimizer whose parameters it may exchange; ours is made of local slices later.
         none = torch.optim.SGD([{"params": []}])
@@ -236,10 +236,6 @@ class AccelerateEngine(NativeEngine):
             copies = dims.dp_replicate * dims.expert_shard
             mine = at["dp_replicate"] * dims.expert_shard + at["expert_shard"]
         return replace(piece, owner=self._number[name] % copies == mine)
-
-
-def _units(model: nn.Module) -> list[nn.Module]:
-    return model.shard_units() if isinstance(model, Shardable) else []
 
 
 def _check_launch(device: torch.device, param_dtype: torch.dtype) -> None:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import re
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from parallel.errors import ConfigError
+from parallel.mesh import build_meshes
+from tests.command import MUSTER, REPO, SMALL, Workplace
 from tests.distributed import cases
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import CASES, compare, overrides_of
+from trainer.build import build_engine, build_model
 from trainer.checkpoint.digest import combine
 from trainer.checkpoint.resume import newest_valid
-from trainer.config import RunConfig, Sharding
+from trainer.config import RunConfig, Sharding, parallel_dims
 
 ENGINE = "engine=accelerate"
 
@@ -161,3 +171,171 @@ def test_every_optimizer_slot_survives_the_way_back(ranks: Launched, tmp_path: P
     saved = [newest_valid(Path(folder)) for folder in (there, straight)]
     assert saved[0] is not None and saved[1] is not None
     assert saved[0].trainer == saved[1].trainer
+
+
+def test_in_bf16_the_fsdp2_plugin_rounds_where_native_does(pool: Pool) -> None:
+    config = config_of("native", 4, 1, 2, "train.dtype=bf16")
+    native = pool.run(cases.train, 4, config, 5)[0]
+    config = config_of("accelerate", 4, 1, 2, "train.dtype=bf16")
+    found = Sharded(pool).run(cases.train, 4, config, 5)[0]
+    assert found["losses"] == pytest.approx(native["losses"], rel=1e-3, abs=0.0)
+    assert found["norms"] == pytest.approx(native["norms"], rel=1e-2, abs=0.0)
+
+
+def settle(rank: int, world: int, config: RunConfig, variables: dict[str, str]) -> int:
+    """Prepare the engine where a launcher set these variables; the CPU threads that it leaves, of 3."""
+    with patch.dict(os.environ, variables):
+        os.environ.pop("OMP_NUM_THREADS", None)
+        torch.set_num_threads(3)
+        meshes = build_meshes(parallel_dims(config), "cpu")
+        engine = build_engine(config, meshes, torch.device("cpu"))
+        engine.prepare(build_model(config, cases.build_dispatcher(meshes)))
+        threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return threads
+
+
+def test_accelerate_does_not_choose_the_number_of_threads(ranks: Launched) -> None:
+    quiet = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    assert ranks.run(settle, 2, config_of("accelerate", 2, 1, 2), quiet) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "accelerate launch: use_fsdp=true: .* engine.sharding"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "use_deepspeed=true: .* an engine of its own"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision=bf16: .* train.dtype is the precision"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend=inductor: .* not compiled"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            "gradient_accumulation_steps=4: .* train.micro_batch",
+        ),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", r"parallelism_config=true: .* parallel\.\*"),
+    ],
+)
+def test_what_the_launcher_asks_for_and_would_not_get_is_refused(
+    ranks: Launched, variable: str, value: str, message: str
+) -> None:
+    with pytest.raises(AssertionError, match=f"ConfigError: .*{message}.* Fix: leave .* out of the command"):
+        ranks.run(settle, 1, config_of("accelerate", 1, 1, 1), {variable: value})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [ENGINE, "engine.sharding=fsdp2"],
+            "engine.sharding=fsdp2: on the CPU Accelerate ignores its FSDP plugin .* Fix: engine.sharding=ddp, or",
+        ),
+        (
+            ["engine.sharding=ddp"],
+            "engine.sharding=ddp: a choice that engine=accelerate has, not engine=native",
+        ),
+        (
+            [ENGINE, "engine.sharding=fsdp2", "device=cuda", "parallel.dp_replicate=2"],
+            "engine.sharding=fsdp2: there is nothing to shard over: parallel.dp_shard = 1. Fix: engine.shard",
+        ),
+    ],
+)
+def test_impossible_sharding_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cases.small_config("launcher.nproc_per_node=2", *overrides)
+
+
+class Spare(nn.Module):
+    """A feed-forward layer with a weight that no token passes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.used = nn.Linear(dim, dim, bias=False)
+        self.spare = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def make_spare(config: RunConfig, index: int, dispatcher: object) -> nn.Module:
+    return Spare(config.model.dim)
+
+
+def test_a_parameter_without_gradient_is_named_before_a_step_is_taken(ranks: Launched) -> None:
+    target = f"layout.target={__name__}:make_spare"
+    config = cases.small_config("layout=dense", ENGINE, target, *overrides_of(2, 1, 1))
+    with pytest.raises(AssertionError, match=r"this batch gave layers\.0\.feed_forward\.spare\.weight none"):
+        ranks.run(cases.train, 2, config, 1)
+
+
+RUN = [
+    ENGINE,
+    "layout=deepseek",
+    "parallel.ep=2",
+    "train.micro_batch=2",
+    "checkpoint.every=4",
+    "train.steps=12",
+]
+DOCS = REPO / "docs" / "engines.md"
+BLOCK = re.compile(r"^```(sh|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Two processes of `muster train` that nothing disturbs."""
+    workplace = Workplace(tmp_path_factory.mktemp("calm"))
+    workplace.train(*RUN, "launcher.nproc_per_node=2")
+    return workplace
+
+
+def test_kills_leave_the_same_bits(workplace: Workplace, calm: Workplace) -> None:
+    kwargs = f"folder: {json.dumps(str(workplace.path / 'marks'))}, at: [[5, 1], [9, 0]]"
+    killer = f'{{target: "tests.chaos.plugins:KillAt", kwargs: {{{kwargs}}}}}'
+    workplace.train(*RUN, "launcher.nproc_per_node=2", f"callbacks=[{killer}]")
+    assert [event["rank"] for event in workplace.events("failure")] == [1, 0]
+    assert workplace.digest() == calm.digest()
+    assert workplace.losses() == calm.losses()
+
+
+def documented(language: str) -> list[str]:
+    """The blocks of docs/engines.md's section on Accelerate."""
+    section = DOCS.read_text().partition("\n## Accelerate\n")[2].partition("\n## ")[0]
+    return [body for kind, body in BLOCK.findall(section) if kind == language]
+
+
+def accelerate_launch(workplace: Workplace, line: str, *overrides: str, expect: int = 0) -> str:
+    """Run a documented command line on the small model."""
+    words = shlex.split(line.replace("\\\n", " "))
+    variables = [word for word in words[: words.index("accelerate")] if "=" in word]
+    workplace.env.update(dict(variable.split("=") for variable in variables))
+    workplace.env["OMP_NUM_THREADS"] = "1"
+    command = words[len(variables) : words.index("trainer") + 1]
+    command[0] = str(Path(sys.executable).parent / command[0])
+    data = f"data.path={workplace.path / 'corpus'}"
+    return workplace.run(*command, *SMALL, data, *overrides, expect=expect)
+
+
+@pytest.mark.parametrize("form", ["flags", "config file"])
+def test_accelerate_launch_trains_the_same_bits(workplace: Workplace, calm: Workplace, form: str) -> None:
+    by_form = {("--config_file" in line): line for line in documented("sh")}
+    (workplace.path / "accelerate.yaml").write_text(documented("yaml")[0])
+    accelerate_launch(workplace, by_form[form == "config file"], *RUN)
+    assert workplace.events("start")[0]["world_size"] == 2
+    assert workplace.digest() == calm.digest()
+    assert workplace.losses() == calm.losses()
+
+
+def test_a_contradiction_in_the_launcher_is_one_message(workplace: Workplace) -> None:
+    line = next(line for line in documented("sh") if "--config_file" not in line)
+    line = line.replace("--mixed_precision no", "--mixed_precision bf16")
+    output = accelerate_launch(workplace, line, *RUN, expect=1)
+    said = [line for line in output.splitlines() if line.startswith("muster: ")]
+    assert len(said) == 1 and "mixed_precision=bf16" in said[0] and "train.dtype" in said[0], output
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_verify_passes(workplace: Workplace, world: int) -> None:
+    overrides = [ENGINE, "layout=deepseek", f"launcher.nproc_per_node={world}", "parallel.ep=2"]
+    output = workplace.run(
+        MUSTER, "verify", "device=cpu", *overrides, "train.global_batch=16", "train.micro_batch=2"
+    )
+    assert "passed in" in output
