@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,12 +14,11 @@ from trainer.data.batch import Batch
 from trainer.loop import Trainer
 
 
-def entry(name: str, **kwargs: object) -> str:
-    """An entry of ``callbacks`` in Hydra's grammar, whose keys carry no quotes."""
-    import json
-
+def entry(target: str, **kwargs: object) -> str:
+    """An entry of ``callbacks`` in Hydra's grammar, whose keys carry no quotes; of this module by its name."""
+    path = target if ":" in target else f"tests.commands.plugins:{target}"
     values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in kwargs.items())
-    return f'{{target: "tests.commands.plugins:{name}", kwargs: {{{values}}}}}'
+    return f'{{target: "{path}", kwargs: {{{values}}}}}'
 
 
 class SignalAgent(Callback):

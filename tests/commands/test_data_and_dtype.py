@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.chaos.test_kill import callback
 from tests.command import Workplace
+from tests.commands.plugins import entry
 from tests.commands.watch import EP2
 
 RUN = ["train.steps=12", "checkpoint.every=4"]
@@ -27,8 +27,8 @@ def texts() -> list[str]:
 
 def killer(workplace: Workplace, at: list[list[int]]) -> str:
     """The override that kills ranks at (step, rank)."""
-    entry = callback("KillAt", folder=str(workplace.path / "marks"), at=at)
-    return f"callbacks=[{entry}]"
+    marks = str(workplace.path / "marks")
+    return f"callbacks=[{entry('tests.chaos.plugins:KillAt', folder=marks, at=at)}]"
 
 
 def test_the_same_documents_as_jsonl_and_as_parquet(workplace: Workplace) -> None:

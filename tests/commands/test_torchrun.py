@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.command import SMALL, Workplace
+from tests.commands.plugins import entry
 from tests.commands.watch import assert_nothing_left
 
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
@@ -54,10 +54,8 @@ def test_a_rendezvous_id_names_the_run_and_a_killed_rank_comes_back(
     workplace: Workplace, calm: Workplace
 ) -> None:
     options = [*RENDEZVOUS, "--rdzv-id=job7", "--max-restarts=2"]
-    kill = {"folder": str(workplace.path / "marks"), "at": [[6, 1], [10, 0]]}
-    kwargs = ", ".join(f"{key}: {json.dumps(value)}" for key, value in kill.items())
-    callback = f'{{target: "tests.chaos.plugins:KillAt", kwargs: {{{kwargs}}}}}'
-    torchrun(workplace, options, "train.steps=12", f"callbacks=[{callback}]")
+    killer = entry("tests.chaos.plugins:KillAt", folder=str(workplace.path / "marks"), at=[[6, 1], [10, 0]])
+    torchrun(workplace, options, "train.steps=12", f"callbacks=[{killer}]")
     run_dir = workplace.run_dir.parent / "job7"
     assert len(list((workplace.path / "marks").iterdir())) == 2
     assert [event["step"] for event in workplace.events("resume", run_dir)] == [4, 8]

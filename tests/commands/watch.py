@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,26 +48,6 @@ def assert_nothing_left(workplace: Workplace) -> None:
     wait_until(lambda: not processes_of(workplace), f"the end of {processes_of(workplace)}")
 
 
-def wait_for_event(workplace: Workplace, kind: str, count: int = 1, run_dir: Path | None = None) -> None:
-    """Until an event was logged this often."""
-
-    def seen() -> bool:
-        path = (run_dir or workplace.run_dir) / "events.jsonl"
-        return path.is_file() and path.read_bytes().count(f'"event": "{kind}"'.encode()) >= count
-
-    wait_until(seen, f"{count} event(s) {kind}")
-
-
-def wait_for_step(workplace: Workplace, step: int) -> None:
-    """Until this step was logged."""
-
-    def seen() -> bool:
-        path = workplace.run_dir / "metrics.jsonl"
-        return path.is_file() and f'"step": {step},'.encode() in path.read_bytes()
-
-    wait_until(seen, f"step {step}")
-
-
 def assert_one_error(output: str, *parts: str) -> None:
     """The output holds one line with all of the parts, and no traceback."""
     assert "Traceback" not in output, output
@@ -80,19 +62,10 @@ def checkpoints_of(run_dir: Path) -> list[str]:
 
 def digest_of_checkpoint(run_dir: Path, step: int) -> str:
     """``weights_digest`` as the manifest has it."""
-    import json
-
     manifest = run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json"
     return str(json.loads(manifest.read_text())["weights_digest"])
 
 
-def children_of(pid: int) -> list[int]:
-    """Worker processes of an agent."""
-    return [child.pid for child in psutil.Process(pid).children() if "trainer" in child.cmdline()]
-
-
 def path_with_muster() -> str:
     """PATH with the folder of the installed scripts first."""
-    import sys
-
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
