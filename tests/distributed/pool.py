@@ -6,15 +6,19 @@ importing torch is paid once.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing as mp
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+_MAX_THREADS = 150
 
 
 def _serve(rank: int, connection: Connection, store_path: str) -> None:
@@ -29,6 +33,7 @@ def _serve(rank: int, connection: Connection, store_path: str) -> None:
     torch.set_num_threads(1)
     while True:
         call, world, connect, module, name, args = connection.recv()
+        result: Any = None
         try:
             store = dist.PrefixStore(f"call-{call}", dist.FileStore(store_path, -1))
             function = getattr(importlib.import_module(module), name)
@@ -39,28 +44,34 @@ def _serve(rank: int, connection: Connection, store_path: str) -> None:
                 result = function(rank, world, *args)
             else:
                 result = function(rank, world, store, *args)
-            connection.send((True, result))
+            fine = True
         except BaseException:
-            connection.send((False, traceback.format_exc()))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            fine, result = False, traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        function = None
+        gc.collect()  # models hold their groups in cycles, and each group of gloo runs three threads
+        connection.send((fine, result, len(list(Path("/proc/self/task").iterdir()))))
 
 
 class Pool:
     """``run(function, world, *args)`` → the results of all ranks; a rank's exception fails the caller.
 
     With ``connect=False`` the function is given a store instead of a process group and makes its own.
+    Workers in which a library has left many threads behind (groups that it never lets go) are replaced.
     """
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._store = str(Path(self._folder.name) / "store")
+        self._size, self._calls = size, 0
+        self._start()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        self._calls = 0
-        for rank in range(size):
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs, self._store), daemon=True)
             process.start()
@@ -68,16 +79,25 @@ class Pool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], world: int, *args: Any, connect: bool = True) -> list[Any]:
+        assert threading.current_thread() is threading.main_thread(), (
+            "workers die with the thread that made them"
+        )
         self._calls += 1
         for pipe in self._pipes[:world]:
             pipe.send((self._calls, world, connect, function.__module__, function.__qualname__, args))
         answers = [pipe.recv() for pipe in self._pipes[:world]]
-        for rank, (fine, answer) in enumerate(answers):
+        if max(num_threads for *_, num_threads in answers) > _MAX_THREADS:
+            self._stop()
+            self._start()
+        for rank, (fine, answer, _) in enumerate(answers):
             assert fine, f"rank {rank} of {world}:\n{answer}"
-        return [answer for _, answer in answers]
+        return [answer for _, answer, _ in answers]
 
-    def close(self) -> None:
+    def _stop(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
+
+    def close(self) -> None:
+        self._stop()
         self._folder.cleanup()
