@@ -36,8 +36,9 @@ lint: setup ## ruff (rules and format), mypy, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: setup ## write docs/metrics.md anew from the code
+docs: setup ## write docs/metrics.md and docs/configuration.md anew from the code
 	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md
+	$(BIN)/python -m trainer.reference > docs/configuration.md
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

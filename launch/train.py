@@ -141,6 +141,12 @@ def train(asked: RunConfig) -> Outcome:
     """
     console = Console(highlight=False)
     config = complete_config(asked)
+    if config.train.verify_first:
+        from launch.verify import verify
+
+        proven = verify(config, console)
+        if proven.code:
+            return proven
     run = RunDirectory.create(config)
     try:
         check_data(config, console)

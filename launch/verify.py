@@ -28,6 +28,7 @@ from launch.workers import Plan, worker_command
 from parallel.errors import ConfigError
 from trainer.compose import absolute_paths, compose, write_atomically
 from trainer.config import CallbackConfig, Device, Machine, RunConfig, parallel_dims, resolve
+from trainer.ds_config import unrepeated
 from trainer.environment import count_gpus, describe
 from trainer.proof.compare import Check, Records, compare, first_failure
 from trainer.proof.shrink import STEPS, Change, shrink
@@ -112,15 +113,20 @@ def verify(
 
 def _prepare(asked: RunConfig, device: Device) -> tuple[RunConfig, RunDirectory, list[Change]]:
     """The shrunk config, frozen in a run directory of its own."""
-    identity = asked.run.id or f"verify-{choose_id()}"
+    identity = f"verify-{asked.run.id or choose_id()}"
     folder = Path(asked.run.root, asked.run.name, identity, "proof")
     recorder = CallbackConfig("trainer.proof.record:Recorder", {"folder": str(folder / "layout")})
     config, changed = shrink(asked, device, recorder)
     config.run.id, config.data.cache_dir = identity, str(folder / "cache")
+    config.engine.ds_config = None
     validate(config)
     run = RunDirectory.create(config)
     for name in ("layout", "reference"):
         (folder / name).mkdir(parents=True)
+    if asked.engine.ds_config is not None:
+        # The user's file agrees with the fields that were asked for, not with their shrunk values.
+        config.engine.ds_config = str(folder / "ds_config.json")
+        write_atomically(Path(config.engine.ds_config), json.dumps(unrepeated(asked.engine.ds_config)))
     return config, run, changed
 
 

@@ -20,6 +20,7 @@ from trainer.checkpoint.resume import open_checkpoint
 from trainer.compose import load_frozen
 from trainer.config import Device, Dtype, EngineName, RunConfig, Sharding
 from trainer.data.tokenizer import TextTokenizer
+from trainer.ds_config import accumulation, deepspeed_settings
 from trainer.models.init import fill_buffers
 from trainer.models.transformer import Transformer, default_feed_forward, takes
 from trainer.optim import make_adamw
@@ -119,6 +120,19 @@ def build_engine(config: RunConfig, meshes: Meshes, device: torch.device) -> Eng
     def optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         return make_adamw(named, config.optim)
 
+    if config.engine.name is EngineName.deepspeed:
+        from parallel.engines.deepspeed import DeepSpeedEngine
+
+        assert config.engine.zero_stage is not None, "the rules ask for it"
+        return DeepSpeedEngine(
+            meshes,
+            device,
+            optimizer,
+            config.engine.zero_stage,
+            config.train.micro_batch,
+            accumulation(config, meshes.dims),
+            deepspeed_settings(config, meshes.dims),
+        )
     arguments = (meshes, device, torch_dtype(config), optimizer, config.engine.reshard_after_forward)
     if config.engine.name is EngineName.accelerate:
         from parallel.engines.accelerate import AccelerateEngine

@@ -54,6 +54,7 @@ class Score(Enum):
 
 class EngineName(Enum):
     native = "native"
+    deepspeed = "deepspeed"
     accelerate = "accelerate"
 
 
@@ -195,6 +196,10 @@ class EngineConfig:
     name: EngineName = EngineName.native
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward (ZeRO-3) or keep them (ZeRO-2)."""
+    zero_stage: int | None = None
+    """deepspeed: 0 shards nothing, 1 the optimizer, 2 gradients as well, 3 weights as well."""
+    ds_config: str | None = None
+    """deepspeed: a JSON file in DeepSpeed's own form; what it says twice must agree (docs/engines.md)."""
     sharding: Sharding = Sharding.auto
     """accelerate: what it makes of the dense parameters; ddp: whole on every rank; fsdp2 (CUDA): sharded over
     dp_shard; auto: fsdp2 where there is CUDA and dp_shard is above 1, else ddp."""
@@ -263,6 +268,8 @@ class TrainConfig:
     num_threads: int = -1
     """CPU threads a process; -1: the machine's cores / local processes. Part of bit-identity."""
     activation_checkpointing: bool = False
+    verify_first: bool = False
+    """Prove the layout (`muster verify`) before training; a certificate that fails ends the command."""
 
 
 @dataclass

@@ -19,6 +19,7 @@ from trainer.config import (
     parallel_dims,
     require,
 )
+from trainer.ds_config import check_deepspeed
 
 
 def validate(config: RunConfig) -> None:
@@ -51,6 +52,7 @@ def validate(config: RunConfig) -> None:
     _check_engine(config)
     _check_data(config, dims)
     _check_optim(config)
+    check_deepspeed(config, dims)
     require(
         config.checkpoint.keep_last >= 1,
         "checkpoint.keep_last",
@@ -177,6 +179,13 @@ def _check_layout(config: RunConfig, dims: ParallelDims) -> None:
         layout.top_k,
         f"the top {layout.top_groups} group(s) hold {chosen_from} experts to choose from",
         f"layout.top_k={chosen_from}",
+    )
+    require(
+        layout.top_k > 1 or not layout.renormalize,
+        "layout.renormalize",
+        True,
+        "with layout.top_k=1 the one weight would always be 1, and the loss could not teach the router",
+        "layout.renormalize=false",
     )
     if layout.capacity_factor is not None:
         require(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -250,9 +251,6 @@ class DeepSpeedEngine:
 def load_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed for this device, without its extensions (it would compile them now, for minutes).
 
-    Forgets the process groups that it keeps in module globals: those of a group that was destroyed since
-    would be used again.
-
     Raises:
         ConfigError: it is not installed, or was set up for another kind of device.
     """
@@ -278,11 +276,27 @@ def load_deepspeed(device: torch.device) -> Any:
             f"DS_ACCELERATOR={device.type} in the environment",
         )
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Its collectives go by names that newer versions of torch warn about once a rank.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.groups._release_process_group_references()
-    deepspeed.comm.comm.cdb = None
+    _forget_former_engines(deepspeed)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
+
+
+def _forget_former_engines(deepspeed: Any) -> None:
+    """Reset what DeepSpeed keeps in globals for the life of a process.
+
+    Else a second engine would use the process groups of a world that is gone, and stage 3, which compares its
+    numbers of modules and parameters between ranks, would fail where one rank has had an engine more.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    deepspeed.utils.groups._release_process_group_references()
+    deepspeed.comm.comm.cdb = None
+    deepspeed.zero.partition_parameters.Init.param_id = 0
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    parameter_offload.FWD_MODULE_STACK.clear()
 
 
 class _Taken(nn.Module):
@@ -334,7 +348,7 @@ def _mark_experts(model: nn.Module, ep: int) -> list[nn.Module]:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.utils import groups
 
-    class ExpertMarker(AutoEPMoELayer):  # type: ignore[misc]
+    class ExpertMarker(AutoEPMoELayer):
         def __init__(self, num_experts: int) -> None:
             nn.Module.__init__(self)
             self.num_experts, self.ep_size, self.ep_group_name = num_experts, ep, group_name

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.verify import _prepare
-from tests.command import MUSTER, Workplace
+from tests.command import MUSTER, REPO, Workplace
 from tests.distributed import cases
 from tests.distributed.mutations import MUTATIONS
 from tests.distributed.pool import Pool
@@ -150,7 +150,9 @@ def test_every_model_shrinks_to_a_config_that_holds_every_rule(
 
 def test_the_command_writes_a_certificate(workplace: Workplace) -> None:
     output = workplace.run(MUSTER, "verify", "launcher.nproc_per_node=2", "parallel.ep=2", "run.id=v")
-    certificate = json.loads((workplace.path / "runs" / "default" / "v" / "certificate.json").read_text())
+    certificate = json.loads(
+        (workplace.path / "runs" / "default" / "verify-v" / "certificate.json").read_text()
+    )
     assert certificate["passed"] is True
     assert {check["name"] for check in certificate["checks"]} >= {"loss", "gradients", "clip norm", "samples"}
     ratio = next(c for c in certificate["checks"] if c["name"] == "gradients")["values"]["head.weight"]
@@ -160,7 +162,13 @@ def test_the_command_writes_a_certificate(workplace: Workplace) -> None:
     assert "passed in" in output
 
 
-def test_a_wrong_layout_is_refused_by_the_command(workplace: Workplace) -> None:
+def test_the_page_names_every_injected_bug_and_where_it_is_caught() -> None:
+    page = (REPO / "docs" / "verify.md").read_text()
+    for name, (_, place, _) in CAUGHT.items():
+        assert f"| `{name}` | {place} |" in page
+
+
+def test_training_does_not_begin_with_a_layout_that_is_not_proven(workplace: Workplace) -> None:
     """A user's own feed-forward layer that mixes tokens over the rows of a rank is no longer the same model."""
     (workplace.path / "mixing.py").write_text(
         "import torch\n"
@@ -172,11 +180,14 @@ def test_a_wrong_layout_is_refused_by_the_command(workplace: Workplace) -> None:
         "        return (x - x.mean((0, 1), keepdim=True)) @ self.w\n"
     )
     workplace.env["PYTHONPATH"] = str(workplace.path)
-    arguments = ["layout=dense", "layout.target=mixing:Mixing", "launcher.nproc_per_node=2", "run.id=w"]
-    output = workplace.run(MUSTER, "verify", *arguments, expect=1)
+    wrong = ["layout=dense", "layout.target=mixing:Mixing", "launcher.nproc_per_node=2", "run.id=w"]
+    output = workplace.run(MUSTER, "train", *wrong, "train.verify_first=true", expect=1)
+    assert not (workplace.path / "runs" / "default" / "w").exists()
     assert "Not equal: loss at step 1" in output
     assert "Traceback" not in output
-    certificate = json.loads((workplace.path / "runs" / "default" / "w" / "certificate.json").read_text())
+    certificate = json.loads(
+        (workplace.path / "runs" / "default" / "verify-w" / "certificate.json").read_text()
+    )
     assert certificate["passed"] is False
 
 

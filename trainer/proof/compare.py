@@ -90,8 +90,8 @@ class Records:
             index = json.loads(stem.with_suffix(".json").read_text())
             ranks.append(
                 [
-                    StateSlice(n, tuple(i["shape"]), tuple(i["offsets"]), tensors[n], i["owner"])
-                    for n, i in index.items()
+                    StateSlice(i["name"], tuple(i["shape"]), tuple(i["offsets"]), tensors[key], i["owner"])
+                    for key, i in index.items()
                 ]
             )
         return ranks
@@ -287,8 +287,9 @@ def check_resume(records: Records) -> Check:
     before, after = records.slices(f"state-{STEPS - 1}"), records.slices("resumed")
     pairs = []
     for rank, (old, new) in enumerate(zip(before, after, strict=True)):
-        held = {piece.name: piece.tensor for piece in new}
-        pairs += [(f"{p.name} on rank {rank}", held.get(p.name), p.tensor) for p in old]
+        held = {(p.name, p.offsets, p.tensor.shape): p.tensor for p in new}
+        same = [held.get((p.name, p.offsets, p.tensor.shape)) for p in old]
+        pairs += [(f"{p.name} on rank {rank}", found, p.tensor) for p, found in zip(old, same, strict=True)]
     return _same_bits("state after resume", pairs, _When.resume)
 
 

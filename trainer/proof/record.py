@@ -63,8 +63,10 @@ class Recorder(Callback):
         tensors: dict[str, torch.Tensor] = {}
         index: dict[str, Any] = {}
         for piece in slices:
-            tensors[piece.name] = piece.tensor.detach().cpu().contiguous().clone()
-            index[piece.name] = {
+            key = f"{piece.name}#{len(index)}"  # a rank may hold several slices of one tensor
+            tensors[key] = piece.tensor.detach().cpu().contiguous().clone()
+            index[key] = {
+                "name": piece.name,
                 "shape": list(piece.global_shape),
                 "offsets": list(piece.offsets),
                 "owner": piece.owner,
