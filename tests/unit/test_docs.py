@@ -100,7 +100,7 @@ def check_command(words: list[str], folder: Path) -> None:
             pass
         case ["make", target, *_]:
             assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        case ["muster", "train", *arguments]:
+        case ["muster", "train" | "verify", *arguments]:
             check_train(arguments, folder)
         case ["muster", "resume", _, *overrides]:
             check_resume(overrides)
@@ -145,7 +145,8 @@ def check_torchrun(arguments: list[str]) -> None:
 def test_a_wrong_command_line_would_be_found(tmp_path: Path) -> None:
     for line in (
         "muster train optim.lrr=1",
-        "muster verify",
+        "muster verifi",
+        "muster verify optim.lrr=1",
         "make trian",
         "ls",
         "muster resume R layout=dense",
