@@ -21,6 +21,7 @@ import importlib
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,9 +102,12 @@ class DeepSpeedEngine:
         self._shards = find_shards(self.stage, self._named, self._engine.optimizer)
         if self.stage == 3:
             # Its norm costs a collective, and one that is not finite would pass over the step in silence.
-            self._engine.optimizer._get_norm_groups = lambda: [torch.zeros((), device=self.device)]
+            nothing = [torch.zeros((), device=self.device)]
+            self._engine.optimizer._get_norm_groups = lambda: nothing
         self._make_state()
         _call_through(model, self._engine)
+        hooks = getattr(self._engine.optimizer, "_grad_acc_hooks", [])
+        weakref.finalize(self, _remove, hooks).atexit = False
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -319,6 +323,13 @@ def _call_through(model: nn.Module, engine: Any) -> None:
         "__module__": own.__module__,
     }
     model.__class__ = type(own.__name__, (own,), through)
+
+
+def _remove(hooks: list[Any]) -> None:
+    """Take DeepSpeed's hooks off the parameters: they make cycles that Python cannot collect, and its process
+    groups, with a few threads each, would outlive the engine."""
+    for hook in hooks:
+        hook.remove()
 
 
 def _with_names(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
