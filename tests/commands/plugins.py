@@ -38,7 +38,8 @@ class SignalAgent(Callback):
         if trainer.rank or trainer.state.step != self.at or self.mark.exists():
             return
         self.mark.touch()
-        group = os.getpgid(os.getppid())
+        group = os.getppid()
+        assert os.getpgid(group) == group, "the agent needs a group of its own, or others get the signal"
         os.killpg(group, self.number)
         if self.number == signal.SIGKILL:
             signal.pause()
