@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from parallel.dims import ParallelDims
+from parallel.dims import ParallelDims, nearest
 from parallel.errors import ConfigError
 
 
@@ -411,6 +411,7 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     )
     dims = parallel_dims(c)
     c.parallel.dp_shard = dims.dp_shard
+    check_ep(c, dims)  # before the batch, which an ep that cannot be would make look wrong
     if c.train.micro_batch == -1:
         check_batch(c, dims.dp)
         c.train.micro_batch = c.train.global_batch // dims.dp
@@ -445,3 +446,15 @@ def check_batch(config: RunConfig, dp: int) -> None:
             f"must be a multiple of {what}, so that every rank gets whole micro-batches",
             f"train.global_batch={fitting}",
         )
+
+
+def check_ep(config: RunConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError unless the experts are dealt evenly to the ep ranks."""
+    num_experts = config.layout.num_experts
+    require(
+        num_experts % dims.ep == 0,
+        "parallel.ep",
+        dims.ep,
+        f"must divide layout.num_experts = {num_experts}",
+        f"parallel.ep={nearest(dims.ep, dims.legal_ep(num_experts))}",
+    )

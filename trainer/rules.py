@@ -16,6 +16,7 @@ from trainer.config import (
     Sharding,
     Source,
     check_batch,
+    check_ep,
     parallel_dims,
     require,
 )
@@ -144,13 +145,7 @@ def _check_layout(config: RunConfig, dims: ParallelDims) -> None:
         f"a token goes to between 1 and layout.num_experts = {num_experts} experts",
         f"layout.top_k={min(max(1, layout.top_k), num_experts)}",
     )
-    require(
-        num_experts % dims.ep == 0,
-        "parallel.ep",
-        dims.ep,
-        f"must divide layout.num_experts = {num_experts}",
-        f"parallel.ep={nearest(dims.ep, dims.legal_ep(num_experts))}",
-    )
+    check_ep(config, dims)
     require(
         layout.expert_ffn_dim > 0,
         "layout.expert_ffn_dim",
