@@ -44,7 +44,7 @@ def test_every_file_composes_and_is_valid(group: str, choice: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((CONF_DIR / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_sweep_composes(path: Path) -> None:
-    compose([f"sweep={path.stem}"])
+    assert compose([f"sweep={path.stem}"]).run.name != compose([]).run.name, "its points share a folder"
 
 
 LAYOUTS = [path.stem for path in sorted((CONF_DIR / "layout").glob("*.yaml"))]
