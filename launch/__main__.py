@@ -15,7 +15,7 @@ muster: trains dense and Mixture-of-Experts language models that survive failure
   muster train [overrides]            train here; workers that die are restarted from the last checkpoint
   muster train -m [overrides]         sweep: every combination of comma-separated values, one after the other
   muster resume RUN_DIR [overrides]   go on from the newest checkpoint: longer, on other ranks, or as a branch
-  muster verify [overrides]           prove that this layout computes what one process would (certificate.json)
+  muster verify [overrides]           prove that this layout computes what one process would: certificate.json
   muster generate RUN_DIR [options]   sample from a run or a checkpoint
   muster report RUN_DIR               write report.html: curves, expert load, failures
   muster doctor                       what this machine has, and what is missing
