@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import sys
+from collections.abc import Callable
 
 from launch.outcome import EXIT_CONFIG, EXIT_STOPPED, Outcome
 from parallel.errors import ConfigError
@@ -15,6 +16,7 @@ muster: trains dense and Mixture-of-Experts language models that survive failure
   muster train [overrides]            train here; workers that die are restarted from the last checkpoint
   muster train -m [overrides]         sweep: every combination of comma-separated values, one after the other
   muster resume RUN_DIR [overrides]   go on from the newest checkpoint: longer, on other ranks, or as a branch
+  muster submit launcher=slurm|kubernetes [--dry-run] [overrides]   write the job and queue it
   muster verify [overrides]           prove that this layout computes what one process would: certificate.json
   muster generate RUN_DIR [options]   sample from a run or a checkpoint
   muster report RUN_DIR               write report.html: curves, expert load, failures
@@ -41,6 +43,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _COMMANDS = {
     "train": ("launch.train", "main"),
     "resume": ("launch.resume", "main"),
+    "submit": ("launch.submit", "main"),
     "verify": ("launch.verify", "main"),
     "generate": ("launch.sample", "generate"),
     "report": ("launch.sample", "report"),
@@ -51,8 +54,13 @@ _COMMANDS = {
 
 def main() -> int:
     """Run the command of this process's arguments; its exit code."""
+    return report(lambda: run(sys.argv[1:]))
+
+
+def report(command: Callable[[], Outcome]) -> int:
+    """Run a command, tell the user how it ended, and return its exit code."""
     try:
-        outcome = run(sys.argv[1:])
+        outcome = command()
     except ConfigError as error:
         outcome = Outcome(EXIT_CONFIG, str(error))
     except OSError as error:

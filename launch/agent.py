@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import enum
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
-from launch.failure import Failure, diagnose, has_failed
+from launch.failure import Failure, has_failed
 from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_GAVE_UP, EXIT_STOPPED, Outcome
-from launch.workers import Plan, WorkerGroup
 from trainer.metrics.jsonl import events_writer
 from trainer.rundir import RunDirectory
 
 _POLL_SECONDS = 0.05
-_SETTLE_SECONDS = 0.5
-"""How long to look for the origin once only fallout has been seen."""
 
 
 class RestartBudget:
@@ -68,7 +64,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals; what they did before is put back at the end."""
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # USR1: Slurm, ahead of a time limit
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -77,6 +73,44 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Group(Protocol):
+    """The workers of one generation, wherever they are.
+
+    Attributes:
+        settle_seconds: how long to look for the origin of a failure once only its fallout has been seen.
+    """
+
+    settle_seconds: float
+
+    def codes(self) -> list[int | None]:
+        """Look: the exit code of each rank, None while it lives."""
+        ...
+
+    def failure(self) -> Failure | None:
+        """The most likely origin of what has failed so far."""
+        ...
+
+    def asked_to_stop(self) -> str | None:
+        """The signal that somebody other than this process was given to stop the run."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask every worker to save and go."""
+        ...
+
+    def kill(self) -> None:
+        """End every worker; none is left when this returns."""
+        ...
+
+
+class Incomplete(Exception):
+    """A generation cannot start, because a node is missing. ``stopped``: the wait was ended by a signal."""
+
+    def __init__(self, cause: str, stopped: bool = False) -> None:
+        super().__init__(cause)
+        self.stopped = stopped
 
 
 class _End(enum.Enum):
@@ -90,7 +124,7 @@ class Agent:
 
     Args:
         run: where logs and events go.
-        plan: what to start.
+        start: the workers of a generation, started; raises Incomplete. Leaving their context kills them.
         max_restarts: consecutive failures without a newer checkpoint that are answered by a restart.
         stop_grace_seconds: how long workers may take to save after Ctrl-C or SIGTERM.
         say: shows the user a line.
@@ -99,12 +133,12 @@ class Agent:
     def __init__(
         self,
         run: RunDirectory,
-        plan: Plan,
+        start: Callable[[int], AbstractContextManager[Group]],
         max_restarts: int,
         stop_grace_seconds: float,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.run_directory, self.plan = run, plan
+        self.run_directory, self._start = run, start
         self.budget = RestartBudget(max_restarts, run.newest_checkpoint())
         self.stop_grace_seconds = stop_grace_seconds
         self.stop = StopRequest()
@@ -114,44 +148,53 @@ class Agent:
     def run(self) -> Outcome:
         """Supervise to the end. Call it from the main thread; no worker survives it."""
         generation = self.run_directory.next_generation()
+        failure: Failure | None = None
         with self.stop.listening():
             while True:
-                with WorkerGroup(self.plan, self.run_directory.path, generation) as group:
-                    end = self._watch(group)
-                    failure = self._settled(group) if end is _End.failed else None
-                    if end is _End.failed and any(w.code == EXIT_STOPPED for w in group.workers):
-                        # The others saved and left; this one fell over their absence.
-                        end = _End.stopped if failure is None or not failure.certain else end
+                try:
+                    with self._start(generation) as group:
+                        end = self._watch(group)
+                        stopped_by = self.stop.cause or group.asked_to_stop()
+                        failure = self._settled(group) if end is _End.failed else None
+                        if end is _End.failed and EXIT_STOPPED in group.codes():
+                            # The others saved and left; this one fell over their absence.
+                            end = _End.stopped if failure is None or not failure.certain else end
+                except Incomplete as missing:
+                    if missing.stopped:
+                        return self._stopped(saved=False)
+                    return self._gave_up(str(missing), failure)
                 # The group is dead here.
                 if end is _End.done:
                     return Outcome(EXIT_DONE)
                 if end is _End.stopped:
-                    return self._stopped(group)
+                    saved = all(code in (EXIT_DONE, EXIT_STOPPED) for code in group.codes())
+                    return self._stopped(saved)
                 assert failure is not None
                 if failure.exit_code == EXIT_CONFIG:
                     return Outcome(EXIT_CONFIG, failure.cause)
                 self._record_failure(failure, generation)
-                if self.stop.cause is not None:
-                    return self._stopped(group)
+                if stopped_by is not None or self.stop.cause is not None:
+                    return self._stopped(saved=False)
                 if not self.budget.spend(self.run_directory.newest_checkpoint()):
-                    return self._gave_up(failure)
+                    return self._gave_up(
+                        f"after {self.budget.used - 1} restart(s) without a new checkpoint "
+                        f"(resilience.max_restarts={self.budget.max_restarts})",
+                        failure,
+                    )
                 generation += 1
 
-    def _watch(self, group: WorkerGroup) -> _End:
+    def _watch(self, group: Group) -> _End:
         """Until the group has ended in one way or another; returns at the first failure."""
         deadline: float | None = None
         while True:
-            exited = group.poll()
-            if has_failed(exited):
+            codes = group.codes()
+            if has_failed(codes):
                 return _End.failed
-            if not group.alive:
-                codes = {worker.code for worker in exited}
-                return _End.done if codes == {EXIT_DONE} else _End.stopped
-            leaving = any(worker.code == EXIT_STOPPED for worker in exited)
-            if deadline is None and (self.stop.cause is not None or leaving):
-                self._say(
-                    f"{self.stop.cause or 'A worker'}: saving, then stopping. Ctrl-C again stops at once."
-                )
+            if None not in codes:
+                return _End.done if set(codes) == {EXIT_DONE} else _End.stopped
+            cause = self.stop.cause or group.asked_to_stop()
+            if deadline is None and (cause is not None or EXIT_STOPPED in codes):
+                self._say(f"{cause or 'A worker'}: saving, then stopping. Ctrl-C again stops at once.")
                 group.terminate()
                 deadline = time.monotonic() + self.stop_grace_seconds
             if self.stop.now:
@@ -162,30 +205,30 @@ class Agent:
                 return _End.stopped
             time.sleep(_POLL_SECONDS)
 
-    def _settled(self, group: WorkerGroup) -> Failure | None:
+    def _settled(self, group: Group) -> Failure | None:
         """The origin of a failure; a witness alone is given a moment for the culprit to show."""
-        until = time.monotonic() + _SETTLE_SECONDS
+        until = time.monotonic() + group.settle_seconds
         while True:
-            failure = diagnose(group)
+            failure = group.failure()
             if (failure is not None and failure.certain) or time.monotonic() > until:
                 return failure
             time.sleep(_POLL_SECONDS)
-            group.poll()
+            group.codes()
 
     def _record_failure(self, failure: Failure, generation: int) -> None:
-        worker = failure.worker
         self._event(
             "failure",
             kind=failure.kind,
             rank=failure.rank,
-            host=socket.gethostname(),
+            host=failure.host,
             cause=failure.cause,
             generation=generation,
             exit_code=failure.exit_code,
-            evidence=worker.log_tail(),
-            log=str(worker.log),
+            evidence=failure.evidence,
+            log=failure.log,
         )
-        self._say(f"rank {failure.rank} failed ({failure.kind}): {failure.cause}. Its log: {worker.log}")
+        log = f" Its log: {failure.log}" if failure.log else ""
+        self._say(f"rank {failure.rank} on {failure.host} failed ({failure.kind}): {failure.cause}.{log}")
 
     def _event(self, event: str, **fields: Any) -> None:
         step = self.run_directory.last_logged_step()
@@ -195,19 +238,20 @@ class Agent:
             # A full disk must not take the supervisor down with it.
             self._say(f"events.jsonl cannot be written: {error.strerror}")
 
-    def _stopped(self, group: WorkerGroup) -> Outcome:
+    def _stopped(self, saved: bool) -> Outcome:
         newest = self.run_directory.newest_checkpoint()
-        saved = all(worker.code in (EXIT_DONE, EXIT_STOPPED) for worker in group.workers)
         at = "from the start: nothing was saved yet" if newest is None else f"from step {newest}"
         how = "Stopped and saved" if saved else "Stopped without saving"
         return Outcome(EXIT_STOPPED, f"{how}. Go on {at}:\n  muster resume {self.run_directory.path}")
 
-    def _gave_up(self, failure: Failure) -> Outcome:
-        restarts = self.budget.used - 1
-        self._event("stop", reason=f"gave up: {failure.cause}", resumable=True)
-        return Outcome(
-            EXIT_GAVE_UP,
-            f"Gave up after {restarts} restart(s) without a new checkpoint (resilience.max_restarts="
-            f"{self.budget.max_restarts}). Last failure: rank {failure.rank}, {failure.cause}\n"
-            f"  log: {failure.worker.log}\n  when it is mended: muster resume {self.run_directory.path}",
+    def _gave_up(self, why: str, failure: Failure | None) -> Outcome:
+        lines = [f"Gave up {why}."]
+        if failure is not None:
+            lines.append(f"Last failure: rank {failure.rank} on {failure.host}, {failure.cause}")
+            if failure.log:
+                lines.append(f"  log: {failure.log}")
+        lines.append(f"  when it is mended: muster resume {self.run_directory.path}")
+        self._event(
+            "stop", reason=f"gave up {why}" + (f": {failure.cause}" if failure else ""), resumable=True
         )
+        return Outcome(EXIT_GAVE_UP, "\n".join(lines))

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
-from launch.workers import Worker, WorkerGroup
+
+if TYPE_CHECKING:
+    from launch.workers import Worker
 
 _FALLOUT = re.compile(
     r"connection (?:was )?(?:reset|closed|refused)|broken pipe|closed by peer|reset by peer|gloo|nccl"
@@ -25,36 +29,49 @@ _FALLOUT = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker's failure. ``certain`` is False for what may only be the fallout of another one."""
+    """A rank's failure.
 
-    worker: Worker
+    Attributes:
+        kind: crash, hang, config, node-lost, …
+        time: unix time, by the clock of its host.
+        certain: False for what may only be the fallout of another one.
+        evidence: the end of what it printed.
+        log: the file with all of it.
+    """
+
+    rank: int
+    host: str
     kind: str
     cause: str
     exit_code: int
     time: float
     certain: bool
-
-    @property
-    def rank(self) -> int:
-        """The rank to blame."""
-        return self.worker.rank
+    evidence: str
+    log: str
 
 
-def diagnose(group: WorkerGroup) -> Failure | None:
+def origin(failures: Iterable[Failure]) -> Failure | None:
+    """The one to blame: an earliest that is certain, else an earliest witness."""
+    return min(failures, key=lambda failure: (not failure.certain, failure.time), default=None)
+
+
+def diagnose(workers: Sequence[Worker]) -> Failure | None:
     """The most likely origin of a group's failure so far; None while no worker has failed.
 
     Looks at error files of workers that still live, too: a worker writes it before its connections close.
     """
-    found = [failure for worker in group.workers if (failure := _failure_of(worker)) is not None]
-    if not found:
-        return None
-    origin = min(found, key=lambda failure: (not failure.certain, failure.time))
-    if not origin.certain:
-        stopped = next((worker for worker in group.alive if worker.is_stopped()), None)
+    found = origin(failure for worker in workers if (failure := _failure_of(worker)) is not None)
+    if found is not None and not found.certain:
+        stopped = next((worker for worker in workers if worker.code is None and worker.is_stopped()), None)
         if stopped is not None:
             cause = "suspended (SIGSTOP) while the others waited for it"
-            return Failure(stopped, "hang", cause, 1, origin.time, certain=True)
-    return origin
+            return _failure(stopped, "hang", cause, 1, found.time, certain=True)
+    return found
+
+
+def _failure(worker: Worker, kind: str, cause: str, exit_code: int, time: float, certain: bool) -> Failure:
+    host, log = socket.gethostname(), str(worker.log)
+    return Failure(worker.rank, host, kind, cause, exit_code, time, certain, worker.log_tail(), log)
 
 
 def _failure_of(worker: Worker) -> Failure | None:
@@ -64,7 +81,7 @@ def _failure_of(worker: Worker) -> Failure | None:
     if report is not None:
         cause = str(report.get("cause", "unknown"))
         exit_code = report.get("exit_code", 1)
-        return Failure(
+        return _failure(
             worker,
             str(report.get("kind", "crash")),
             cause,
@@ -76,17 +93,11 @@ def _failure_of(worker: Worker) -> Failure | None:
         return None
     if code < 0:
         # It died between the last look and this one, before anyone could have suffered from it.
-        return Failure(
-            worker,
-            "crash",
-            f"killed by {signal_name(-code)}",
-            code,
-            worker.seen_alive,
-            code != -signal.SIGABRT,
-        )
+        cause, certain = f"killed by {signal_name(-code)}", code != -signal.SIGABRT
+        return _failure(worker, "crash", cause, code, worker.seen_alive, certain)
     lines = worker.log_tail().splitlines()
     cause = f"exit code {code}" + (f": {lines[-1].strip()}" if lines else "")
-    return Failure(worker, "crash", cause, code, worker.seen_alive, not _FALLOUT.search(cause))
+    return _failure(worker, "crash", cause, code, worker.seen_alive, not _FALLOUT.search(cause))
 
 
 def signal_name(number: int) -> str:
@@ -97,6 +108,6 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def has_failed(workers: Iterable[Worker]) -> bool:
-    """Whether any of these has exited otherwise than done or saved."""
-    return any(worker.code not in (None, EXIT_DONE, EXIT_STOPPED) for worker in workers)
+def has_failed(codes: Iterable[int | None]) -> bool:
+    """Whether any of these exit codes (None: alive) is another than done or saved."""
+    return any(code not in (None, EXIT_DONE, EXIT_STOPPED) for code in codes)

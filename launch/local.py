@@ -1,4 +1,4 @@
-"""A run on this machine: the store, the agent, the view, and what is written when it ends."""
+"""A run that this process leads: the store, the agent, the view, and what is written when it ends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.agent import Agent
-from launch.outcome import EXIT_CONFIG, Outcome
+from launch.agent import Agent, Incomplete
+from launch.cluster import Cluster
+from launch.outcome import EXIT_CONFIG, EXIT_STOPPED, Outcome
 from launch.view import RunView
 from launch.workers import Plan, worker_command
 from parallel.errors import ConfigError
@@ -16,6 +17,7 @@ from trainer.compose import absolute_paths
 from trainer.config import Device, Machine, RunConfig, resolve
 from trainer.environment import count_gpus, describe
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
+from trainer.network import socket_interface
 from trainer.rules import validate
 from trainer.rundir import RunDirectory
 
@@ -24,7 +26,7 @@ def complete_config(asked: RunConfig) -> RunConfig:
     """Fill the blanks for this machine and check every rule.
 
     Raises:
-        ConfigError: the first rule that does not hold, those of the local launcher included.
+        ConfigError: the first rule that does not hold, what this machine has not got included.
     """
     num_gpus = count_gpus()
     if asked.device is Device.cuda and num_gpus == 0:
@@ -36,13 +38,6 @@ def complete_config(asked: RunConfig) -> RunConfig:
         )
     config = resolve(absolute_paths(asked), Machine.here(num_gpus))
     launcher = config.launcher
-    if launcher.nnodes != 1:
-        raise ConfigError(
-            "launcher.nnodes",
-            launcher.nnodes,
-            "`muster train` starts processes on this machine only",
-            f"torchrun --nnodes={launcher.nnodes} … -m trainer …, or launcher.nnodes=1",
-        )
     if config.device is Device.cuda and num_gpus < launcher.nproc_per_node:
         fix = f"launcher.nproc_per_node={num_gpus}" if num_gpus else "device=cpu"
         raise ConfigError(
@@ -71,24 +66,57 @@ def check_data(config: RunConfig, console: Console) -> None:
         prepare_data(config)
 
 
-def run_local(run: RunDirectory, config: RunConfig, console: Console) -> Outcome:
-    """Train the frozen run to its end under an agent, then write the report and the summary."""
+def worker_plan(run: RunDirectory, config: RunConfig, node_rank: int, port: int) -> Plan:
+    """What a node starts. ``port``: of the store, on node 0 or, for a single node, on this one."""
+    launcher = config.launcher
+    env = {"OMP_NUM_THREADS": str(config.train.num_threads)}
+    host = "127.0.0.1"
+    if launcher.nnodes > 1:
+        assert launcher.master_addr is not None
+        host = launcher.master_addr
+        env |= socket_interface(host)
+    return Plan(
+        command=worker_command(run.config_path),
+        num_workers=launcher.nproc_per_node,
+        env=env,
+        master_addr=host,
+        master_port=port,
+        first_rank=node_rank * launcher.nproc_per_node,
+        world_size=launcher.nnodes * launcher.nproc_per_node,
+    )
+
+
+def run_here(run: RunDirectory, config: RunConfig, console: Console, cluster: Cluster | None) -> Outcome:
+    """Train the frozen run to its end under an agent, then write the report and the summary.
+
+    Args:
+        cluster: the run's nodes; None: this one alone.
+
+    Raises:
+        ConfigError: a node cannot work.
+    """
     with run.lock():
         with console.status("Starting…"):
             run.write_environment(describe(config, sys.argv))
-            import torch.distributed as dist
+            port = config.launcher.master_port
+            if cluster is None:
+                import torch.distributed as dist
 
-            # Port 0: the kernel picks a free one. The server thread lives as long as this process.
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        plan = Plan(
-            command=worker_command(run.config_path),
-            num_workers=config.launcher.nproc_per_node,
-            env={"OMP_NUM_THREADS": str(config.train.num_threads)},
-            master_port=store.port,
-        )
+                # Port 0: the kernel picks a free one. The server thread lives as long as this process.
+                store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                port = store.port
+        plan = worker_plan(run, config, 0, port)
+        if cluster is not None:
+            try:
+                cluster.prepare(run.path)
+            except Incomplete:
+                return Outcome(EXIT_STOPPED, f"Stopped before the start ({cluster.asked_to_stop()}).")
         with RunView(run.path, config, console) as view:
             resilience = config.resilience
-            agent = Agent(run, plan, resilience.max_restarts, resilience.stop_grace_seconds, say=view.say)
+            start = plan.starter(run.path) if cluster is None else cluster.starter(plan, run.path)
+            agent = Agent(run, start, resilience.max_restarts, resilience.stop_grace_seconds, say=view.say)
+            if cluster is not None:
+                cluster.stopped = lambda: agent.stop.cause is not None
             outcome = agent.run()
         if outcome.code != EXIT_CONFIG:
             summarise(run.path, console)

@@ -8,7 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from launch.local import check_data, complete_config, run_local
+from launch import ssh
+from launch.cluster import Cluster
+from launch.local import check_data, complete_config, run_here
+from launch.nodes import on_nodes
 from launch.outcome import EXIT_DONE, Outcome
 from parallel.errors import ConfigError
 from trainer import overrides as grammar
@@ -22,7 +25,8 @@ _DP = (*_WORLD, *(f"parallel.{degree}" for degree in ("dp_replicate", "dp_shard"
 BLANKS: dict[str, tuple[str, ...]] = {
     "device": ("launcher.nproc_per_node",),
     "train.dtype": ("device",),
-    "launcher.nproc_per_node": ("device",),
+    "launcher.nnodes": ("launcher.hostfile",),
+    "launcher.nproc_per_node": ("device", "launcher.hostfile"),
     "train.num_threads": ("launcher.nproc_per_node", "device"),
     "parallel.dp_shard": tuple(name for name in (*_DP, "device") if name != "parallel.dp_shard"),
     "train.micro_batch": (*_DP, "device", "train.global_batch"),
@@ -48,6 +52,9 @@ def main(argv: list[str]) -> Outcome:
     frozen = _at_its_place(source)
     asked = refill(apply_overrides(frozen, overrides), source.asked(), changed)
     console = Console(highlight=False)
+    if ssh.is_starter(asked.launcher):
+        place = [str(source.path), *overrides]
+        return ssh.start_everywhere(asked.launcher, lambda fields: _remote_work(place, fields), console)
     if changed & {"run.id", "run.name", "run.root"}:
         return _branch(source, asked, changed, console)
     if source.is_finished(asked.train.steps):
@@ -58,11 +65,25 @@ def main(argv: list[str]) -> Outcome:
             f"To train it longer:\n  muster resume {argv[0]} train.steps={2 * (newest or 1)}",
         )
     config = complete_config(asked)
-    check_data(config, console)
-    with source.lock():
-        source.freeze(config)
-    _report_differences(source, config, console)
-    return run_local(source, config, console)
+
+    def go_on(cluster: Cluster | None) -> Outcome:
+        check_data(config, console)
+        with source.lock():
+            source.freeze(config)
+        _report_differences(source, config, console)
+        return run_here(source, config, console, cluster)
+
+    return on_nodes(asked, config, console, go_on)
+
+
+def _remote_work(arguments: list[str], fields: dict[str, Any]) -> dict[str, Any]:
+    given = [f"launcher.{name}={value}" for name, value in fields.items()]
+    kept = [argument for argument in arguments if argument.partition("=")[0] not in _keys(fields)]
+    return {"command": "resume", "arguments": [*kept, *given]}
+
+
+def _keys(fields: dict[str, Any]) -> list[str]:
+    return [f"launcher.{name}" for name in fields]
 
 
 def _branch(source: RunDirectory, asked: RunConfig, changed: set[str], console: Console) -> Outcome:
@@ -76,15 +97,21 @@ def _branch(source: RunDirectory, asked: RunConfig, changed: set[str], console: 
     if "run.id" not in changed:
         asked.run.id = None
     config = complete_config(asked)
-    run = RunDirectory.create(config)
-    if run.path == source.path:
-        raise ConfigError("run.id", config.run.id, "is this run itself", "leave it out, or give another id")
-    check_data(config, console)
-    asked = refill(asked, source.asked(), changed, everything=True)
-    asked.run.id = config.run.id
-    run.freeze(config, asked)
-    console.print(f"Branch of {source.path}: {run.path}", markup=False, soft_wrap=True)
-    return run_local(run, config, console)
+
+    def go_on(cluster: Cluster | None) -> Outcome:
+        run = RunDirectory.create(config)
+        if run.path == source.path:
+            raise ConfigError(
+                "run.id", config.run.id, "is this run itself", "leave it out, or give another id"
+            )
+        check_data(config, console)
+        written = refill(asked, source.asked(), changed, everything=True)
+        written.run.id = config.run.id
+        run.freeze(config, written)
+        console.print(f"Branch of {source.path}: {run.path}", markup=False, soft_wrap=True)
+        return run_here(run, config, console, cluster)
+
+    return on_nodes(asked, config, console, go_on)
 
 
 def refill(

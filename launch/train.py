@@ -17,15 +17,17 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from launch import sweep
-from launch.local import check_data, complete_config, run_local
-from launch.outcome import Outcome
+from launch import ssh, sweep
+from launch.cluster import Cluster
+from launch.local import check_data, complete_config, run_here
+from launch.nodes import on_nodes
+from launch.outcome import EXIT_DONE, Outcome
 from parallel.errors import ConfigError
 from trainer import overrides as grammar
-from trainer.compose import CONF_DIR, CONFIG_NAME, compose, to_run_config
+from trainer.compose import CONF_DIR, CONFIG_NAME, absolute_paths, compose, to_run_config
 from trainer.config import RunConfig
 from trainer.rundir import RunDirectory
 
@@ -98,7 +100,7 @@ def _through_hydra(arguments: list[str], plan: sweep.Sweep | None = None) -> Out
         config = to_run_config(node)
         if job.mode is RunMode.MULTIRUN:
             assert plan is not None
-            return plan.run_point(config, job.job.num, list(job.overrides.task), train)
+            return plan.run_point(config, job.job.num, list(job.overrides.task), _train_point)
         try:
             outcomes.append(train(config))
         except Exception as error:  # past Hydra, which would announce it in words of its own
@@ -110,6 +112,17 @@ def _through_hydra(arguments: list[str], plan: sweep.Sweep | None = None) -> Out
     if errors:
         raise errors[0]
     return outcomes[0] if outcomes else Outcome(0)
+
+
+def _train_point(asked: RunConfig) -> Outcome:
+    if asked.launcher.nnodes != 1 and not ssh.is_starter(asked.launcher):
+        raise ConfigError(
+            "launcher.nnodes",
+            asked.launcher.nnodes,
+            "a sweep is one process that starts every point; agents started by hand on each node would each sweep",
+            "launcher=ssh, or launcher.nnodes=1",
+        )
+    return train(asked)
 
 
 def _show_help(arguments: list[str]) -> Outcome:
@@ -134,25 +147,42 @@ def _arguments(arguments: list[str]) -> Iterator[None]:
 
 
 def train(asked: RunConfig) -> Outcome:
-    """Train a composed config in a new run directory.
+    """Train a composed config in a new run directory, or go on with it (``run.resume``).
 
     Raises:
         ConfigError: before anything was started.
     """
     console = Console(highlight=False)
+    if ssh.is_starter(asked.launcher):
+        values = OmegaConf.to_container(OmegaConf.structured(absolute_paths(asked)), enum_to_str=True)
+        assert isinstance(values, dict)
+        launcher = values["launcher"]
+        return ssh.start_everywhere(
+            asked.launcher,
+            lambda fields: {"command": "train", "config": {**values, "launcher": {**launcher, **fields}}},
+            console,
+        )
     config = complete_config(asked)
+    return on_nodes(asked, config, console, lambda cluster: _train(asked, config, console, cluster))
+
+
+def _train(asked: RunConfig, config: RunConfig, console: Console, cluster: Cluster | None) -> Outcome:
     if config.train.verify_first:
         from launch.verify import verify
 
         proven = verify(config, console)
         if proven.code:
             return proven
-    run = RunDirectory.create(config)
+    run = RunDirectory.claim(config) if config.run.resume else RunDirectory.create(config)
+    there = run.config_path.is_file()
+    if there and run.is_finished(config.train.steps):
+        return Outcome(EXIT_DONE, f"This run is finished: {run.path}")
     try:
         check_data(config, console)
     except BaseException:
         run.discard()
         raise
     asked.run.id = config.run.id
-    run.freeze(config, asked)
-    return run_local(run, config, console)
+    if not there or run.config() != absolute_paths(config):
+        run.freeze(config, asked)
+    return run_here(run, config, console, cluster)

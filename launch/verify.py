@@ -167,7 +167,8 @@ class Proof:
                 env={"OMP_NUM_THREADS": "1"},
                 master_port=store.port,
             )
-            outcome = Agent(self.run, plan, 0, 10.0, say=lambda line: None).run()
+            agent = Agent(self.run, plan.starter(self.run.path), 0, 10.0, say=lambda line: None)
+            outcome = agent.run()
             if outcome.code != EXIT_DONE:
                 return {"part": part, "exit_code": outcome.code, "cause": outcome.message}
         say("the reference")

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from launch.failure import Failure, diagnose
 from trainer.metrics.jsonl import decode
 
 _TAIL_BYTES = 4000
@@ -41,6 +42,10 @@ class Plan:
     master_port: int = 0
     first_rank: int = 0
     world_size: int | None = None
+
+    def starter(self, run_dir: Path) -> Callable[[int], WorkerGroup]:
+        """What starts the workers of a generation."""
+        return lambda generation: WorkerGroup(self, run_dir, generation)
 
 
 @dataclass
@@ -91,6 +96,8 @@ class WorkerGroup:
     Start it from the main thread: a worker dies with the thread that started it (trainer/process.py).
     """
 
+    settle_seconds = 0.5
+
     def __init__(self, plan: Plan, run_dir: Path, generation: int) -> None:
         self.generation = generation
         self.workers: list[Worker] = []
@@ -136,15 +143,23 @@ class WorkerGroup:
             )
         return Worker(rank, process, log, report_file, seen_alive=time.time())
 
-    def poll(self) -> list[Worker]:
-        """Notice exits; the workers that have exited so far."""
+    def codes(self) -> list[int | None]:
+        """Look at every worker: its exit code, None while it lives."""
         for worker in self.workers:
             if worker.code is None:
                 now = time.time()
                 worker.code = worker.process.poll()
                 if worker.code is None:
                     worker.seen_alive = now
-        return [worker for worker in self.workers if worker.code is not None]
+        return [worker.code for worker in self.workers]
+
+    def failure(self) -> Failure | None:
+        """The most likely origin of what has failed so far."""
+        return diagnose(self.workers)
+
+    def asked_to_stop(self) -> str | None:
+        """Who beside this process wants the run to stop: nobody."""
+        return None
 
     @property
     def alive(self) -> list[Worker]:

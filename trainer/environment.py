@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from parallel.errors import ConfigError
 from trainer.config import RunConfig
 
 PACKAGES = (
@@ -75,6 +79,54 @@ def describe(config: RunConfig, command: list[str]) -> dict[str, Any]:
         "processes": config.launcher.nproc_per_node,
         "git": git_state(SOURCE),
     }
+
+
+_CODE = ("launch", "trainer", "parallel", "conf")
+_SHARED_PACKAGES = (
+    *("torch", "numpy", "datasets", "tokenizers", "safetensors", "xxhash", "deepspeed", "accelerate"),
+)
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of every source and config file that decides what a run computes."""
+    digest = hashlib.sha256()
+    for folder in _CODE:
+        for path in sorted((SOURCE / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml") and path.is_file():
+                digest.update(f"{path.relative_to(SOURCE)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def fingerprint() -> dict[str, str]:
+    """What must be the same on every node of a run; ``host`` is for naming the one that differs."""
+    found = {name: package_version(name) or "missing" for name in _SHARED_PACKAGES}
+    git = git_state(SOURCE)
+    revision = "" if git is None else f" ({git['revision'][:10]}{', changed' if git['dirty'] else ''})"
+    code = f"{code_digest()}{revision}"
+    return {"host": socket.gethostname(), "python": platform.python_version(), **found, "muster code": code}
+
+
+def check_alike(prints: list[dict[str, str]]) -> None:
+    """Compare nodes with the first.
+
+    Raises:
+        ConfigError: one differs; the message names its host and every difference.
+    """
+    first = prints[0]
+    for other in prints[1:]:
+        keys = [key for key in first if key != "host" and first[key] != other.get(key)]
+        if keys:
+            told = "; ".join(
+                f"{key} is {other.get(key)} on {other['host']} and {first[key]} on {first['host']}"
+                for key in keys
+            )
+            raise ConfigError(
+                "launcher.nnodes",
+                len(prints),
+                f"the nodes differ: {told}",
+                f"install the same on {other['host']}",
+            )
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

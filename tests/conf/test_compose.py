@@ -28,6 +28,7 @@ NEEDS = {
     ("data", "parquet"): ["data.path=x.parquet"],
     ("data", "hub"): ["data.name=owner/name"],
     ("optim", "wsd"): ["train.steps=100"],
+    ("launcher", "ssh"): ["launcher.hostfile=hosts", "launcher.nnodes=2"],
 }
 
 

@@ -37,7 +37,8 @@ def make_agent(run: RunDirectory) -> Callable[..., Agent]:
 
     def build(command: list[str], num_workers: int = 2, max_restarts: int = 3, grace: float = 20.0) -> Agent:
         said: list[str] = []
-        agent = Agent(run, Plan(command, num_workers, env={}), max_restarts, grace, say=said.append)
+        start = Plan(command, num_workers, env={}).starter(run.path)
+        agent = Agent(run, start, max_restarts, grace, say=said.append)
         agent.said = said  # type: ignore[attr-defined]
         return agent
 

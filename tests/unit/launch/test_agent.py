@@ -232,7 +232,8 @@ def test_no_orphans_when_the_agent_is_killed(run: RunDirectory, worker: Worker) 
         "from pathlib import Path\n"
         "from launch.agent import Agent\nfrom trainer.rundir import RunDirectory\n"
         "from launch.workers import Plan\n"
-        f"Agent(RunDirectory(Path({str(run.path)!r})), Plan({command!r}, 2, {{}}), 3, 5.0).run()\n"
+        f"run = RunDirectory(Path({str(run.path)!r}))\n"
+        f"Agent(run, Plan({command!r}, 2, {{}}).starter(run.path), 3, 5.0).run()\n"
     )
     agent = subprocess.Popen([sys.executable, str(script)])
     ready = [run.path / "ready-0", run.path / "ready-1"]

@@ -84,7 +84,10 @@ def test_what_does_not_train_imports_no_torch(
         (["train", "layout=mixtrl"], "Fix: layout=mixtral."),
         (["train", "parallel.ep=3", "layout=mixtral"], "parallel.ep=3: ep is carved from dp_shard·cp·tp = 1"),
         (["train", "launcher.nproc_per_node=3"], "train.global_batch=8: must be a multiple of dp (3)"),
-        (["train", "launcher.nnodes=2", "train.global_batch=8"], "on this machine only"),
+        (
+            ["train", "launcher.nnodes=2", "train.global_batch=8"],
+            "launcher.master_addr=None: launcher.nnodes=2",
+        ),
         (
             ["train", "device=cuda", "launcher.nproc_per_node=64", "train.global_batch=64"],
             "device=cuda: takes ",

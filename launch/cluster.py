@@ -1,0 +1,422 @@
+"""Node 0's side of a run on several nodes: who is there, what they are told, and their workers as one group.
+
+::
+
+    hello ─▶ alike? ─▶ prepare ─▶ ready ─▶ start g ─▶ … ─▶ kill g ─▶ (a node lost: wait for it) ─▶ start g + 1
+                                                        └▶ leave: every command ends with the same code
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.agent import Incomplete
+from launch.control import Hello, Order, Status, period_seconds
+from launch.failure import Failure, origin
+from launch.outcome import EXIT_CONFIG, EXIT_GAVE_UP, EXIT_STOPPED, Outcome
+from launch.workers import Plan, WorkerGroup
+from parallel.errors import ConfigError
+from trainer.config import RunConfig
+from trainer.environment import check_alike
+from trainer.network import serve
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+TOKEN_FILE = ".nodes"
+_POLL_SECONDS = 0.05
+_SAY_SECONDS = 10.0
+_SILENT_SECONDS = 2.0
+"""A node that has not been heard for so long is suspected when something else has already failed."""
+_LEAVE_SECONDS = 5.0
+
+
+@dataclass
+class Member:
+    """Another node's agent, as last heard of.
+
+    Attributes:
+        failure: the one in its status, with our clock's time.
+        seen: when its beat last grew, by the monotonic clock.
+    """
+
+    id: int
+    hello: Hello
+    node_rank: int
+    status: Status = field(default_factory=Status)
+    failure: Failure | None = None
+    beat: bytes = b""
+    seen: float = field(default_factory=time.monotonic)
+    lost: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"node {self.node_rank} ({self.hello.host})"
+
+    def hear(self, status: Status) -> None:
+        """Take in its newest status."""
+        if status.failure is None:
+            self.failure = None
+        elif status.failure != self.status.failure:
+            self.failure = replace(status.failure, time=time.time() - status.failure_age)
+        self.status = status
+
+    @property
+    def silent_seconds(self) -> float:
+        return time.monotonic() - self.seen
+
+
+class Cluster:
+    """The nodes of a run.
+
+    Args:
+        store: hosted by this process.
+        mine: this node's own hello; it is node 0.
+        config: resolved.
+        say: shows the user a line.
+
+    Attributes:
+        members: the others, by agent id; lost ones are dropped when the next generation is made up.
+        outcome: how everyone's command ends.
+        stopped: whether this node was asked to stop; read while waiting for others.
+    """
+
+    def __init__(
+        self, store: dist.Store, mine: Hello, config: RunConfig, say: Callable[[str], None] = print
+    ) -> None:
+        self.nnodes = config.launcher.nnodes
+        self.outcome: Outcome | None = None
+        self.stopped: Callable[[], bool] = lambda: False
+        self.members: dict[int, Member] = {}
+        self._store, self._mine, self._say = store, mine, say
+        self._join_timeout = config.launcher.join_timeout_seconds
+        self._node_timeout = config.resilience.node_timeout_seconds
+        self._strangers: set[int] = set()
+        self._known = self._changes = self._orders = 0
+        self._beats_at = 0.0
+        self._complete = False
+
+    # -- who is there -------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in what the others have said since the last look.
+
+        Raises:
+            ConfigError: before the first generation: a node is not like this one.
+        """
+        changes = self._store.add("changes", 0)
+        if changes != self._changes:
+            self._changes = changes
+            total = self._store.add("members", 0)
+            self._strangers.update(range(self._known, total))
+            self._known = total
+            for identity in sorted(self._strangers):
+                if self._store.check([f"hello/{identity}"]):
+                    self._strangers.discard(identity)
+                    self._admit(identity, Hello(**json.loads(self._store.get(f"hello/{identity}"))))
+            for member, text in zip(self.members.values(), self._read("status"), strict=True):
+                member.hear(Status.from_json(text))
+        now = time.monotonic()
+        if now - self._beats_at > max(0.25, 5 * period_seconds(self.nnodes)):
+            self._beats_at = now
+            for member, beat in zip(self.members.values(), self._read("beat"), strict=True):
+                if beat != member.beat:
+                    member.beat, member.seen = beat, now
+        for member in self.members.values():
+            member.lost = member.lost or member.status.left or member.silent_seconds > self._node_timeout
+
+    def _read(self, kind: str) -> list[bytes]:
+        keys = [f"{kind}/{identity}" for identity in self.members]
+        return list(self._store.multi_get(keys)) if keys else []
+
+    def _admit(self, identity: int, hello: Hello) -> None:
+        try:
+            check_alike([self._mine.fingerprint, hello.fingerprint])
+            _check_same_start(self._mine, hello, configs=not self._complete)
+            rank = self._rank_for(hello)
+        except ConfigError as error:
+            if not self._complete:
+                raise
+            self.order("leave", ranks={str(identity): -1}, code=EXIT_CONFIG, message=str(error))
+            return
+        self.members[identity] = Member(identity, hello, rank)
+        self._say(f"node {rank} of {self.nnodes} is here: {hello.host}")
+
+    def _rank_for(self, hello: Hello) -> int:
+        taken = {0: self._mine.host}
+        taken |= {member.node_rank: member.hello.host for member in self.members.values() if not member.lost}
+        free = [rank for rank in range(self.nnodes) if rank not in taken]
+        if hello.node_rank is not None and hello.node_rank in taken:
+            raise ConfigError(
+                "launcher.node_rank",
+                hello.node_rank,
+                f"{taken[hello.node_rank]} and {hello.host} both call themselves node {hello.node_rank}",
+                "give each node a rank of its own, or none",
+            )
+        if not free:
+            raise ConfigError(
+                "launcher.nnodes",
+                self.nnodes,
+                f"{hello.host} is one node too many: there are {', '.join(taken.values())}",
+                f"launcher.nnodes={self.nnodes + 1}, or start fewer",
+            )
+        return free[0] if hello.node_rank is None else hello.node_rank
+
+    def gather(self) -> None:
+        """Wait until every node is there.
+
+        Raises:
+            ConfigError: a node does not fit.
+            Incomplete: some did not come in time, or somebody asked to stop.
+        """
+        self.poll()
+        self._drop_lost()
+        began = said = time.monotonic()
+        while len(self.members) < self.nnodes - 1:
+            now = time.monotonic()
+            if self.stopped() or self.asked_to_stop():
+                raise Incomplete("stopped", stopped=True)
+            if now - began > self._join_timeout:
+                raise Incomplete(
+                    f"after launcher.join_timeout_seconds={self._join_timeout:g} without {self._missing()}"
+                )
+            if now - said > _SAY_SECONDS or said == began:
+                said = now
+                self._say(f"Waiting for {self._missing()}: start the same command there")
+            time.sleep(_POLL_SECONDS)
+            self.poll()
+            self._drop_lost()
+
+    def _drop_lost(self) -> None:
+        lost = [member for member in self.members.values() if member.lost]
+        for member in lost:
+            del self.members[member.id]
+        if lost:  # should one of them be alive after all
+            message = (
+                "node 0 had not heard from this node for too long and goes on without it; start it again"
+            )
+            ranks = {str(member.id): -1 for member in lost}
+            self.order("leave", ranks=ranks, code=EXIT_GAVE_UP, message=message)
+
+    def _missing(self) -> str:
+        here = {0: self._mine.host} | {m.node_rank: m.hello.host for m in self.members.values()}
+        absent = [str(rank) for rank in range(self.nnodes) if rank not in here]
+        shown = ", ".join(absent[:8]) + (" …" if len(absent) > 8 else "")
+        told = [f"{rank} ({host})" for rank, host in sorted(here.items())]
+        present = ", ".join(told[:8]) + (" …" if len(told) > 8 else "")
+        return f"node {shown} of {self.nnodes} (here: {present})"
+
+    def prepare(self, run_dir: Path) -> None:
+        """Let every node look at the run directory and get the data.
+
+        Raises:
+            ConfigError: one cannot, or was lost meanwhile; the message names its host.
+            Incomplete: somebody asked to stop.
+        """
+        new = [member for member in self.members.values() if not member.status.ready]
+        if not new:
+            return
+        token = secrets.token_hex(8)
+        (run_dir / TOKEN_FILE).write_text(token)
+        ranks = {str(member.id): member.node_rank for member in new}
+        self.order("prepare", ranks=ranks, run_dir=str(run_dir), token=token)
+        while not all(member.status.ready for member in new):
+            time.sleep(_POLL_SECONDS)
+            self.poll()
+            for member in new:
+                if member.status.error is not None:
+                    raise ConfigError(*member.status.error)
+                if member.lost:
+                    raise ConfigError(
+                        "launcher.nnodes",
+                        self.nnodes,
+                        f"{member.name} was lost before the start",
+                        f"look at what its command printed on {member.hello.host}",
+                    )
+            if self.stopped() or self.asked_to_stop():
+                raise Incomplete("stopped", stopped=True)
+
+    # -- what they are told -------------------------------------------------------------------------------
+
+    def order(self, do: str, ranks: dict[str, int] | None = None, **fields: object) -> int:
+        """Tell every node, or those in ``ranks``. Returns how many orders there are now."""
+        everyone = {str(member.id): member.node_rank for member in self.members.values()}
+        order = Order(do, everyone if ranks is None else ranks, **fields)  # type: ignore[arg-type]
+        self._store.set(f"order/{self._orders}", json.dumps(asdict(order)))
+        self._orders = self._store.add("orders", 1)
+        return self._orders
+
+    def wait_done(self, orders: int, seconds: float) -> None:
+        """Wait until all who can be heard have carried out so many orders; who has not by then is lost."""
+        until = time.monotonic() + seconds
+        while waiting := [m for m in self.members.values() if not m.lost and m.status.orders_done < orders]:
+            if time.monotonic() > until:
+                for member in waiting:
+                    member.lost = True
+            time.sleep(_POLL_SECONDS)
+            self.poll()
+
+    def asked_to_stop(self) -> str | None:
+        """The signal that another node was given, with the node's name."""
+        for member in self.members.values():
+            if member.status.stopping is not None:
+                return f"{member.status.stopping} on {member.name}"
+        return None
+
+    def dismiss(self, outcome: Outcome) -> None:
+        """Tell every node to end as this one does. Returns when they have heard it, or soon."""
+        ranks = {str(identity): -1 for identity in {*self.members, *self._strangers}}
+        orders = self.order("leave", ranks=ranks, code=outcome.code, message=outcome.message)
+        self._complete = True  # whoever comes now is no reason for an error here
+        self.wait_done(orders, _LEAVE_SECONDS)
+
+    def starter(self, plan: Plan, run_dir: Path) -> Callable[[int], AbstractContextManager[ClusterGroup]]:
+        """What starts the workers of a generation on all nodes."""
+        return lambda generation: self._start(plan, run_dir, generation)
+
+    @contextmanager
+    def _start(self, plan: Plan, run_dir: Path, generation: int) -> Iterator[ClusterGroup]:
+        try:
+            self.gather()
+            self.prepare(run_dir)
+        except ConfigError as error:
+            raise Incomplete(str(error)) from error
+        self._complete = True
+        self.order("start", generation=generation, run_dir=str(run_dir))
+        with WorkerGroup(plan, run_dir, generation) as own:
+            group = ClusterGroup(self, own, self._node_timeout)
+            try:
+                yield group
+            finally:
+                group.kill()
+
+
+class ClusterGroup:
+    """One generation's workers on all nodes. See :class:`launch.agent.Group`."""
+
+    settle_seconds = 2 * _SILENT_SECONDS
+
+    def __init__(self, cluster: Cluster, own: WorkerGroup, node_timeout: float) -> None:
+        self._cluster, self._own, self._timeout = cluster, own, node_timeout
+        self._killed = False
+
+    def _others(self) -> list[Member]:
+        return sorted(self._cluster.members.values(), key=lambda member: member.node_rank)
+
+    def codes(self) -> list[int | None]:
+        if not self._killed:
+            self._cluster.poll()
+        found = self._own.codes()
+        for member in self._others():
+            count = member.hello.num_workers
+            told = member.status.codes if member.status.generation == self._own.generation else []
+            found += [-9] * count if member.lost and None in (told or [None]) else told or [None] * count
+        return found
+
+    def failure(self) -> Failure | None:
+        found = [failure for failure in [self._own.failure()] if failure is not None]
+        for member in self._others():
+            if member.status.generation == self._own.generation and member.failure is not None:
+                found.append(member.failure)
+        suspect = origin(found)
+        if suspect is None or not suspect.certain:
+            lost = next((member for member in self._others() if _is_gone(member)), None)
+            if lost is not None:
+                return _lost(lost)
+        return suspect
+
+    def asked_to_stop(self) -> str | None:
+        return self._cluster.asked_to_stop()
+
+    def terminate(self) -> None:
+        self._cluster.order("terminate")
+        self._own.terminate()
+
+    def kill(self) -> None:
+        if self._killed:
+            return
+        orders = self._cluster.order("kill", generation=self._own.generation)
+        self._own.kill()
+        self._cluster.wait_done(orders, self._timeout)
+        self._killed = True
+
+
+def _is_gone(member: Member) -> bool:
+    return member.lost or member.silent_seconds > _SILENT_SECONDS
+
+
+def _lost(member: Member) -> Failure:
+    how = "left" if member.status.left else f"has not been heard for {member.silent_seconds:.0f} s"
+    rank = member.node_rank * member.hello.num_workers
+    cause = f"{member.name} {how}"
+    return Failure(rank, member.hello.host, "node-lost", cause, 1, time.time(), True, "", "")
+
+
+def _check_same_start(mine: Hello, other: Hello, configs: bool) -> None:
+    """Raise ConfigError unless both nodes were started with the same config."""
+    for field_, ours, theirs in (
+        ("launcher.nproc_per_node", mine.num_workers, other.num_workers),
+        ("device", mine.device, other.device),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                field_,
+                theirs,
+                f"on {other.host}, but {ours} on {mine.host}",
+                f"{field_}={ours} on every node",
+            )
+    keys = [key for key in mine.asked if configs and mine.asked[key] != other.asked.get(key)]
+    if keys:
+        told = "; ".join(
+            f"{key} is {other.asked.get(key)} there and {mine.asked[key]} here" for key in keys[:5]
+        )
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        raise ConfigError(
+            keys[0],
+            other.asked.get(keys[0]),
+            f"{other.host} was started with another config than {mine.host}: {told}{more}",
+            "start the same command on every node",
+        )
+
+
+@contextmanager
+def lead(config: RunConfig, mine: Hello, say: Callable[[str], None]) -> Iterator[Cluster]:
+    """Host the control store and wait for the other nodes; at the end they are told how it ended.
+
+    Raises:
+        ConfigError: the port is taken, a node does not fit or does not come.
+    """
+    launcher = config.launcher
+    assert launcher.master_addr is not None
+    cluster = Cluster(
+        serve(launcher.master_addr, launcher.master_port, "launcher.master_port"), mine, config, say
+    )
+    outcome = Outcome(EXIT_STOPPED, "Node 0 ended without a word.")
+    try:
+        try:
+            cluster.gather()
+        except Incomplete as missing:
+            raise ConfigError(
+                "launcher.nnodes",
+                launcher.nnodes,
+                f"gave up {missing}",
+                "start the same command on every node",
+            ) from None
+        yield cluster
+        if cluster.outcome is not None:
+            outcome = cluster.outcome
+    except ConfigError as error:
+        outcome = Outcome(EXIT_CONFIG, str(error))
+        raise
+    except BaseException as error:
+        outcome = Outcome(EXIT_STOPPED, f"{mine.host}: {type(error).__name__} {error}".rstrip())
+        raise
+    finally:
+        cluster.dismiss(outcome)

@@ -1,0 +1,96 @@
+"""Which node this is, and what follows from it: node 0 leads a run, the others work for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from launch.cluster import Cluster, lead
+from launch.control import Hello
+from launch.follower import follow
+from launch.outcome import Outcome
+from parallel.errors import ConfigError
+from trainer.config import RunConfig, require
+from trainer.environment import fingerprint
+from trainer.network import is_local
+
+
+def on_nodes(
+    asked: RunConfig, config: RunConfig, console: Console, work: Callable[[Cluster | None], Outcome]
+) -> Outcome:
+    """Do ``work`` on node 0, with the cluster if there is one; on another node, follow node 0.
+
+    Afterwards neither config says which node this is: they are for the run directory.
+
+    Args:
+        asked: as the user wrote it.
+        config: the same, resolved on this node.
+
+    Raises:
+        ConfigError: the launcher's fields do not fit, a node cannot be reached, or the nodes are not alike.
+    """
+    if config.launcher.nnodes == 1:
+        return work(None)
+    _check(config)
+    node_rank = config.launcher.node_rank
+    leads = node_rank == 0 or (node_rank is None and is_local(str(config.launcher.master_addr)))
+    config.launcher.node_rank = asked.launcher.node_rank = None
+    prints = fingerprint()
+    mine = Hello(
+        host=prints["host"],
+        node_rank=0 if leads else node_rank,
+        num_workers=config.launcher.nproc_per_node,
+        device=config.device.value,
+        fingerprint=prints,
+        asked=_flat(OmegaConf.to_container(OmegaConf.structured(asked), enum_to_str=True)),
+    )
+    if not leads:
+        return follow(config, mine, console)
+    with lead(config, mine, lambda line: console.print(line, markup=False, soft_wrap=True)) as cluster:
+        cluster.outcome = work(cluster)
+        return cluster.outcome
+
+
+def _check(config: RunConfig) -> None:
+    launcher = config.launcher
+    if launcher.master_addr is None:
+        raise ConfigError(
+            "launcher.master_addr",
+            None,
+            f"launcher.nnodes={launcher.nnodes} nodes find each other at node 0",
+            "launcher.master_addr=HOST of node 0, the same on every node",
+        )
+    rank = launcher.node_rank
+    require(
+        rank is None or 0 <= rank < launcher.nnodes,
+        "launcher.node_rank",
+        rank,
+        f"is at least 0 and below launcher.nnodes = {launcher.nnodes}",
+        f"launcher.node_rank={launcher.nnodes - 1}",
+    )
+    require(
+        0 < launcher.master_port < 65536,
+        "launcher.master_port",
+        launcher.master_port,
+        "is a TCP port",
+        "launcher.master_port=29400",
+    )
+    if rank == 0 and not is_local(launcher.master_addr):
+        raise ConfigError(
+            "launcher.master_addr",
+            launcher.master_addr,
+            f"is no address of this host ({fingerprint()['host']}), which is node 0",
+            "launcher.master_addr=this host's name or address, the same on every node",
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
