@@ -117,10 +117,6 @@ class Cluster:
             total = self._store.add("members", 0)
             self._strangers.update(range(self._known, total))
             self._known = total
-            for identity in sorted(self._strangers):
-                if self._store.check([f"hello/{identity}"]):
-                    self._strangers.discard(identity)
-                    self._admit(identity, Hello(**json.loads(self._store.get(f"hello/{identity}"))))
             for member, text in zip(self.members.values(), self._read("status"), strict=True):
                 member.hear(Status.from_json(text))
         now = time.monotonic()
@@ -129,12 +125,29 @@ class Cluster:
             for member, beat in zip(self.members.values(), self._read("beat"), strict=True):
                 if beat != member.beat:
                     member.beat, member.seen = beat, now
+        self._look_at_strangers()
         for member in self.members.values():
             member.lost = member.lost or member.status.left or member.silent_seconds > self._node_timeout
 
     def _read(self, kind: str) -> list[bytes]:
         keys = [f"{kind}/{identity}" for identity in self.members]
         return list(self._store.multi_get(keys)) if keys else []
+
+    def _look_at_strangers(self) -> None:
+        if not self._strangers or (self._complete and not self._free_ranks()):
+            return  # it may take the place of one that is lost, which takes a while to be known
+        for identity in sorted(self._strangers):
+            if self._store.check([f"hello/{identity}"]):
+                self._strangers.discard(identity)
+                self._admit(identity, Hello(**json.loads(self._store.get(f"hello/{identity}"))))
+
+    def _taken_ranks(self) -> dict[int, str]:
+        here = {member.node_rank: member.hello.host for member in self.members.values() if not member.lost}
+        return {0: self._mine.host} | here
+
+    def _free_ranks(self) -> list[int]:
+        taken = self._taken_ranks()
+        return [rank for rank in range(self.nnodes) if rank not in taken]
 
     def _admit(self, identity: int, hello: Hello) -> None:
         try:
@@ -150,9 +163,7 @@ class Cluster:
         self._say(f"node {rank} of {self.nnodes} is here: {hello.host}")
 
     def _rank_for(self, hello: Hello) -> int:
-        taken = {0: self._mine.host}
-        taken |= {member.node_rank: member.hello.host for member in self.members.values() if not member.lost}
-        free = [rank for rank in range(self.nnodes) if rank not in taken]
+        taken, free = self._taken_ranks(), self._free_ranks()
         if hello.node_rank is not None and hello.node_rank in taken:
             raise ConfigError(
                 "launcher.node_rank",
@@ -206,8 +217,8 @@ class Cluster:
             self.order("leave", ranks=ranks, code=EXIT_GAVE_UP, message=message)
 
     def _missing(self) -> str:
-        here = {0: self._mine.host} | {m.node_rank: m.hello.host for m in self.members.values()}
-        absent = [str(rank) for rank in range(self.nnodes) if rank not in here]
+        here = self._taken_ranks()
+        absent = [str(rank) for rank in self._free_ranks()]
         shown = ", ".join(absent[:8]) + (" …" if len(absent) > 8 else "")
         told = [f"{rank} ({host})" for rank, host in sorted(here.items())]
         present = ", ".join(told[:8]) + (" …" if len(told) > 8 else "")
@@ -272,10 +283,18 @@ class Cluster:
 
     def dismiss(self, outcome: Outcome) -> None:
         """Tell every node to end as this one does. Returns when they have heard it, or soon."""
-        ranks = {str(identity): -1 for identity in {*self.members, *self._strangers}}
+        self._known = self._store.add("members", 0)
+        everyone = [identity for identity in range(self._known) if self._store.check([f"status/{identity}"])]
+        ranks = {str(identity): -1 for identity in everyone}
         orders = self.order("leave", ranks=ranks, code=outcome.code, message=outcome.message)
-        self._complete = True  # whoever comes now is no reason for an error here
-        self.wait_done(orders, _LEAVE_SECONDS)
+        lost = {member.id for member in self.members.values() if member.lost}
+        until = time.monotonic() + _LEAVE_SECONDS
+        for identity in (identity for identity in everyone if identity not in lost):
+            while time.monotonic() < until:
+                status = Status.from_json(self._store.get(f"status/{identity}"))
+                if status.orders_done >= orders or status.left:
+                    break
+                time.sleep(_POLL_SECONDS)
 
     def starter(self, plan: Plan, run_dir: Path) -> Callable[[int], AbstractContextManager[ClusterGroup]]:
         """What starts the workers of a generation on all nodes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ def on_nodes(
     if config.launcher.nnodes == 1:
         return work(None)
     _check(config)
+    _import_quiet_torch()
     node_rank = config.launcher.node_rank
     leads = node_rank == 0 or (node_rank is None and is_local(str(config.launcher.master_addr)))
     config.launcher.node_rank = asked.launcher.node_rank = None
@@ -52,6 +54,17 @@ def on_nodes(
     with lead(config, mine, lambda line: console.print(line, markup=False, soft_wrap=True)) as cluster:
         cluster.outcome = work(cluster)
         return cluster.outcome
+
+
+def _import_quiet_torch() -> None:
+    """Without C++ warnings in this process: a name that does not resolve backwards, or a peer that has gone, is
+    no news for a user, and is told with a stack. Workers are not meant: their warnings go to their logs."""
+    variable = "TORCH_CPP_LOG_LEVEL"
+    if variable not in os.environ:
+        os.environ[variable] = "ERROR"  # read once, when the library is loaded
+        import torch  # noqa: F401
+
+        del os.environ[variable]
 
 
 def _check(config: RunConfig) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -80,16 +82,25 @@ def _probe(host: str, port: int) -> str | None:
 def _client(host: str, port: int, field: str) -> dist.TCPStore:
     import torch.distributed as dist
 
-    patience = timedelta(seconds=_HANDSHAKE_SECONDS)
-    try:
-        return dist.TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False)
-    except RuntimeError as error:
+    made: list[dist.TCPStore] = []
+
+    def make() -> None:
+        with suppress(RuntimeError):
+            patience = timedelta(seconds=_HANDSHAKE_SECONDS)
+            made.append(dist.TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False))
+
+    # torch's own timeout does not cover a listener that accepts and then says nothing.
+    thread = threading.Thread(target=make, name="muster-handshake", daemon=True)
+    thread.start()
+    thread.join(_HANDSHAKE_SECONDS)
+    if not made:
         raise ConfigError(
             field,
             host,
             f"something else than the first node's store listens at {host}:{port}",
             "another port, the same on every node",
-        ) from error
+        )
+    return made[0]
 
 
 def serve(host: str, port: int, field: str) -> dist.TCPStore:
