@@ -124,7 +124,8 @@ class Agent:
 
     Args:
         run: where logs and events go.
-        start: the workers of a generation, started; raises Incomplete. Leaving their context kills them.
+        start: the workers of a generation, started, given its number and whether they check their exchanges
+            (after a hang); raises Incomplete. Leaving their context kills them.
         max_restarts: consecutive failures without a newer checkpoint that are answered by a restart.
         stop_grace_seconds: how long workers may take to save after Ctrl-C or SIGTERM.
         say: shows the user a line.
@@ -133,7 +134,7 @@ class Agent:
     def __init__(
         self,
         run: RunDirectory,
-        start: Callable[[int], AbstractContextManager[Group]],
+        start: Callable[[int, bool], AbstractContextManager[Group]],
         max_restarts: int,
         stop_grace_seconds: float,
         say: Callable[[str], None] = print,
@@ -152,7 +153,7 @@ class Agent:
         with self.stop.listening():
             while True:
                 try:
-                    with self._start(generation) as group:
+                    with self._start(generation, failure is not None and failure.kind == "hang") as group:
                         end = self._watch(group)
                         stopped_by = self.stop.cause or group.asked_to_stop()
                         failure = self._settled(group) if end is _End.failed else None

@@ -296,20 +296,22 @@ class Cluster:
                     break
                 time.sleep(_POLL_SECONDS)
 
-    def starter(self, plan: Plan, run_dir: Path) -> Callable[[int], AbstractContextManager[ClusterGroup]]:
-        """What starts the workers of a generation on all nodes."""
-        return lambda generation: self._start(plan, run_dir, generation)
+    def starter(
+        self, plan: Plan, run_dir: Path
+    ) -> Callable[[int, bool], AbstractContextManager[ClusterGroup]]:
+        """What starts the workers of a generation on all nodes. See :class:`launch.agent.Agent`."""
+        return lambda generation, check: self._start(plan, run_dir, generation, check)
 
     @contextmanager
-    def _start(self, plan: Plan, run_dir: Path, generation: int) -> Iterator[ClusterGroup]:
+    def _start(self, plan: Plan, run_dir: Path, generation: int, check: bool) -> Iterator[ClusterGroup]:
         try:
             self.gather()
             self.prepare(run_dir)
         except ConfigError as error:
             raise Incomplete(str(error)) from error
         self._complete = True
-        self.order("start", generation=generation, run_dir=str(run_dir))
-        with WorkerGroup(plan, run_dir, generation) as own:
+        self.order("start", generation=generation, run_dir=str(run_dir), check_exchanges=check)
+        with WorkerGroup(plan, run_dir, generation, check) as own:
             group = ClusterGroup(self, own, self._node_timeout)
             try:
                 yield group

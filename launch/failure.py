@@ -25,6 +25,8 @@ _FALLOUT = re.compile(
     r"|remote process exited|socket timeout|timed? ?out|distnetworkerror|diststoreerror|distbackenderror",
     re.IGNORECASE,
 )
+_TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
+_PLACES = re.compile(r"Where the ranks are: .*")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def diagnose(workers: Sequence[Worker]) -> Failure | None:
     if found is not None and not found.certain:
         stopped = next((worker for worker in workers if worker.code is None and worker.is_stopped()), None)
         if stopped is not None:
+            places = _PLACES.search(found.cause)  # where a witness last saw everyone
             cause = "suspended (SIGSTOP) while the others waited for it"
+            cause += f". {places[0]}" if places else ""
             return _failure(stopped, "hang", cause, 1, found.time, certain=True)
     return found
 
@@ -81,9 +85,10 @@ def _failure_of(worker: Worker) -> Failure | None:
     if report is not None:
         cause = str(report.get("cause", "unknown"))
         exit_code = report.get("exit_code", 1)
+        kind = str(report.get("kind", "crash"))
         return _failure(
             worker,
-            str(report.get("kind", "crash")),
+            "hang" if kind == "crash" and _TIMEOUT.search(cause) else kind,
             cause,
             exit_code if isinstance(exit_code, int) else 1,
             float(report["time"]),

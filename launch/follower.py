@@ -168,7 +168,7 @@ class Follower:
         plan = worker_plan(run, self._config, rank, self._config.launcher.master_port)
         first, last = plan.first_rank, plan.first_rank + plan.num_workers - 1
         self._say(f"Node {rank}: ranks {first}-{last} of {run.path} start (generation {order.generation}).")
-        self._group = WorkerGroup(plan, run.path, order.generation)
+        self._group = WorkerGroup(plan, run.path, order.generation, order.check_exchanges)
         self._status.generation, self._status.failure = order.generation, None
         self._status.codes = self._group.codes()
 

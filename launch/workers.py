@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -43,9 +43,9 @@ class Plan:
     first_rank: int = 0
     world_size: int | None = None
 
-    def starter(self, run_dir: Path) -> Callable[[int], WorkerGroup]:
-        """What starts the workers of a generation."""
-        return lambda generation: WorkerGroup(self, run_dir, generation)
+    def starter(self, run_dir: Path) -> Callable[[int, bool], WorkerGroup]:
+        """What starts the workers of a generation, given its number and whether they check their exchanges."""
+        return lambda generation, check: WorkerGroup(self, run_dir, generation, check)
 
 
 @dataclass
@@ -98,8 +98,10 @@ class WorkerGroup:
 
     settle_seconds = 0.5
 
-    def __init__(self, plan: Plan, run_dir: Path, generation: int) -> None:
+    def __init__(self, plan: Plan, run_dir: Path, generation: int, check_exchanges: bool = False) -> None:
         self.generation = generation
+        if check_exchanges:
+            plan = replace(plan, env={**plan.env, "MUSTER_CHECK_EXCHANGES": "1"})
         self.workers: list[Worker] = []
         folder = run_dir / "logs" / f"generation-{generation}"
         folder.mkdir(parents=True, exist_ok=True)

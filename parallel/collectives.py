@@ -8,10 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.exchange_check import Notice
 from parallel.recompute import recorded
 
 
-def _exchange(x_ND: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup) -> Tensor:
+def _exchange(
+    x_ND: Tensor,
+    send: list[int],
+    recv: list[int],
+    group: dist.ProcessGroup,
+    notice: Notice | None,
+    backward: bool = False,
+) -> Tensor:
+    if notice is not None:
+        notice.before(x_ND, send, recv, backward)
     received = x_ND.new_empty(sum(recv), *x_ND.shape[1:])
     dist.all_to_all_single(received, x_ND.contiguous(), recv, send, group=group)
     return received
@@ -19,17 +29,29 @@ def _exchange(x_ND: Tensor, send: list[int], recv: list[int], group: dist.Proces
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.recv, ctx.group = send, recv, group
-        return recorded(lambda: _exchange(x_ND, send, recv, group))
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        send: list[int],
+        recv: list[int],
+        group: dist.ProcessGroup,
+        notice: Notice | None,
+    ) -> Tensor:
+        ctx.send, ctx.recv, ctx.group, ctx.notice = send, recv, group, notice
+        return recorded(lambda: _exchange(x_ND, send, recv, group, notice))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.recv, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        home = _exchange(grads[0], ctx.recv, ctx.send, ctx.group, ctx.notice, backward=True)
+        return home, None, None, None, None
 
 
 def all_to_all_rows(
-    x_ND: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup
+    x_ND: Tensor,
+    send_splits: list[int],
+    recv_splits: list[int],
+    group: dist.ProcessGroup,
+    notice: Notice | None = None,
 ) -> Tensor:
     """Send ``send_splits[r]`` consecutive rows to rank r of the group; backward sends gradients home.
 
@@ -37,17 +59,21 @@ def all_to_all_rows(
 
     Args:
         x_ND: rows ordered by destination, ``N = sum(send_splits)``. Zero splits are fine.
+        notice: what the ranks are to agree on first, in both directions.
 
     Returns:
         ``[sum(recv_splits), D]``, ordered by source rank.
+
+    Raises:
+        DesyncError: with a notice, on every rank of the group: they do not agree.
     """
-    return _AllToAll.apply(x_ND, send_splits, recv_splits, group)
+    return _AllToAll.apply(x_ND, send_splits, recv_splits, group, notice)
 
 
-def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup, notice: Notice | None = None) -> Tensor:
     """All-to-all of an ``[ep, E_local]`` table of row counts: row r goes to rank r. No gradient.
 
-    Replayed, like the rows, in a recomputation.
+    Replayed, like the rows, in a recomputation; ``notice`` as for them.
     """
     even = [1] * dist.get_world_size(group)
-    return recorded(lambda: _exchange(counts, even, even, group))
+    return recorded(lambda: _exchange(counts, even, even, group, notice))

@@ -15,14 +15,19 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from parallel.errors import ConfigError
+from parallel.exchange_check import DesyncError, describe_places_within
 from trainer.process import die_with_parent
 from trainer.resilience import StopSignal
 
+if TYPE_CHECKING:
+    from trainer.launched import Arrival
+
 EXIT_CONFIG = 2
 EXIT_STOPPED = 75
+_PLACES_SECONDS = 1.0
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -32,8 +37,9 @@ def main(argv: list[str]) -> NoReturn:
         die_with_parent(int(os.environ["MUSTER_AGENT_PID"]))
     stop = StopSignal()
     stop.listen()
-    # Until it is known better, rank 0 speaks: what goes wrong before is its error, told to the others.
-    first_to_speak = _is_rank_0
+    # Until it is known better, the first rank of each node speaks: to every terminal, once.
+    first_to_speak = _is_first_of_node
+    arrival: Arrival | None = None
     try:
         from trainer.launched import arrive
 
@@ -49,7 +55,11 @@ def main(argv: list[str]) -> NoReturn:
         _leave(EXIT_CONFIG)
     except BaseException as error:
         _say("".join(traceback.format_exception(error)).rstrip())
-        _report("crash", "".join(traceback.format_exception_only(error)).strip(), 1)
+        places = _places(error, arrival)
+        if places:
+            _say(places)
+        cause = f"{''.join(traceback.format_exception_only(error)).strip()} {places}".strip()
+        _report(error.kind if isinstance(error, DesyncError) else "crash", cause, 1)
         # No collective, no destructor that waits for a peer: the others are told by our death.
         _leave(1)
     # Another launcher would take any other code for a failure. Everything is closed; without the interpreter's
@@ -57,8 +67,16 @@ def main(argv: list[str]) -> NoReturn:
     _leave(0 if finished or not under_agent else EXIT_STOPPED)
 
 
-def _is_rank_0() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _is_first_of_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _places(error: BaseException, arrival: Arrival | None) -> str:
+    """Where the ranks came to last, for an error that may come of one that is elsewhere."""
+    if arrival is None or not isinstance(error, RuntimeError) or isinstance(error, DesyncError):
+        return ""
+    found = describe_places_within(arrival.place.store, arrival.place.world_size, _PLACES_SECONDS)
+    return f"Where the ranks are: {found}" if found else ""
 
 
 def _report(kind: str, cause: str, exit_code: int) -> None:

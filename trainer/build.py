@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from parallel.dispatch.all_to_all import AllToAllDispatcher
@@ -14,6 +16,7 @@ from parallel.dispatch.base import Dispatcher
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import Engine, whole_state
 from parallel.errors import ConfigError
+from parallel.exchange_check import ExchangeCheck
 from parallel.mesh import Meshes
 from trainer.callbacks import Callback
 from trainer.checkpoint.resume import open_checkpoint
@@ -43,13 +46,17 @@ def build_model(config: RunConfig, dispatcher: Dispatcher) -> nn.Module:
     """
     with torch.device("meta"):
         if config.model.target is None:
-            make = default_feed_forward if config.layout.target is None else _target_feed_forward
-            return Transformer(config, dispatcher, make)
+            return Transformer(config, dispatcher, _feed_forward)
         target = config.model.target
         made = call_target("model.target", target, config, dispatcher, **config.model.kwargs)
     model = _module("model.target", target, made, 3, "forward(tokens, targets=None, document_ids=None)")
     _check_own_model(model, config)
     return model
+
+
+def _feed_forward(config: RunConfig, index: int, dispatcher: Dispatcher) -> nn.Module:
+    make = default_feed_forward if config.layout.target is None else _target_feed_forward
+    return make(config, index, dispatcher.at_layer(index))
 
 
 def _target_feed_forward(config: RunConfig, index: int, dispatcher: Dispatcher) -> nn.Module:
@@ -103,11 +110,26 @@ def _check_own_model(model: nn.Module, config: RunConfig) -> None:
         )
 
 
-def build_dispatcher(meshes: Meshes) -> Dispatcher:
+def build_dispatcher(meshes: Meshes, check: ExchangeCheck | None = None) -> Dispatcher:
     """The backend for the ep axis."""
     if meshes.dims.ep == 1:
         return LocalDispatcher()
-    return AllToAllDispatcher(meshes.ep)
+    return AllToAllDispatcher(meshes.ep, check)
+
+
+def build_exchange_check(
+    config: RunConfig, meshes: Meshes, rank: int, store: dist.Store
+) -> ExchangeCheck | None:
+    """The check of every exchange, where it is asked for: by the config, or for one launch by the environment.
+
+    Args:
+        store: that all ranks share, with a prefix of its own for this generation.
+    """
+    if not config.resilience.check_exchanges and os.environ.get("MUSTER_CHECK_EXCHANGES") != "1":
+        return None
+    ranks = dist.get_process_group_ranks(meshes.ep)
+    timeout = config.resilience.collective_timeout_seconds
+    return ExchangeCheck(store, rank, ranks, meshes.dims.world_size, timeout)
 
 
 def build_engine(config: RunConfig, meshes: Meshes, device: torch.device) -> Engine:

@@ -333,6 +333,7 @@ class SlurmConfig:
     cpus_per_node: int | None = None
     """Cores a node; must be given."""
     gpus_per_node: int = 0
+    """GPUs a node."""
     gpu_type: str | None = None
     """As the cluster names it: h100."""
     mem: str | None = None
@@ -340,9 +341,13 @@ class SlurmConfig:
     time: str | None = None
     """Time limit, HH:MM:SS or D-HH:MM:SS (in YAML in quotes); null: the partition's."""
     partition: str | None = None
+    """--partition; null: the cluster's default."""
     account: str | None = None
+    """--account."""
     qos: str | None = None
+    """--qos."""
     constraint: str | None = None
+    """--constraint: features that the nodes must have."""
     requeue: bool = True
     """Whether the job is queued again when a node fails, and when it was saved ahead of its time limit."""
     signal_seconds: int = 180
@@ -396,7 +401,7 @@ class KubernetesConfig:
 class LauncherConfig:
     name: str = "local"
     nnodes: int = 1
-    """launcher=ssh: -1 for every host of the hostfile."""
+    """Under torchrun and the like, as many as it was launched on. launcher=ssh: -1 for every host of the file."""
     nproc_per_node: int = -1
     """-1: one a GPU, or one where there is none."""
     node_rank: int | None = None
@@ -405,6 +410,7 @@ class LauncherConfig:
     master_addr: str | None = None
     """Host of node 0, the same on every node; its agent listens at master_port."""
     master_port: int = 29400
+    """A TCP port of node 0 that the other nodes can reach."""
     join_timeout_seconds: float = 300.0
     """How long nodes wait for one another, at the start and for one that was lost."""
     hostfile: str | None = None

@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from parallel.errors import ConfigError
 from trainer.compose import absolute_paths, compose, load_frozen
-from trainer.config import Machine, RunConfig, resolve
+from trainer.config import Machine, RunConfig, require, resolve
 from trainer.data.tokenizer import fill_vocabulary
-from trainer.environment import count_gpus, describe
+from trainer.environment import check_alike, count_gpus, describe, fingerprint
+from trainer.network import connect, serve, socket_interface
 from trainer.rules import validate
 from trainer.run import Place
 from trainer.rundir import RunDirectory
+from trainer.slurm import slurm_variables
 
 _TIMEOUT = timedelta(minutes=10)
 _HEARD_TIMEOUT = timedelta(seconds=30)
@@ -42,8 +44,11 @@ def arrive(argv: list[str], under_agent: bool) -> Arrival:
         argv: ``--config FILE`` from an agent; else a frozen YAML file or Hydra overrides.
 
     Raises:
-        ConfigError: the config is wrong, or there is no id that all launches of this run share.
+        ConfigError: the config is wrong, there is no id that all launches of this run share, the first node
+            cannot be reached, or the nodes are not alike.
     """
+    # For everyone who looks there: libraries of the engines, and the plugins of users.
+    os.environ.update(slurm_variables(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -52,9 +57,11 @@ def arrive(argv: list[str], under_agent: bool) -> Arrival:
         run_dir, generation = Path(os.environ["MUSTER_RUN_DIR"]), int(os.environ["MUSTER_GENERATION"])
         config = load_frozen(Path(argv[argv.index("--config") + 1]))
     else:
-        told = _from_rank_0(argv, rank, world_size, store)
+        told = _from_rank_0(argv, rank, local_rank, world_size, store)
         run_dir, generation = Path(told["run_dir"]), int(told["generation"])
         config = load_frozen(run_dir / "config.yaml")
+    if config.launcher.nnodes > 1:
+        os.environ.update(socket_interface(os.environ["MASTER_ADDR"]))
     place = Place(
         rank=rank,
         local_rank=local_rank,
@@ -79,25 +86,27 @@ def _store(rank: int, world_size: int, under_agent: bool) -> dist.Store:
         return dist.HashStore()
     # torchelastic's own store outlives its workers and is handed to each generation as it is.
     hosted = under_agent or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not hosted,
-        timeout=_TIMEOUT,
-        wait_for_workers=False,
-    )
+    addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank == 0 and not hosted:
+        store = serve(addr, port, "MASTER_PORT")
+    else:
+        store = connect(addr, port, _TIMEOUT.total_seconds(), "MASTER_ADDR")
+    store.set_timeout(_TIMEOUT)
     if under_agent:
         return dist.PrefixStore(f"launch-{os.environ['MUSTER_GENERATION']}", store)
     job, restart = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
     return dist.PrefixStore(f"muster-{job}-{restart}", store)
 
 
-def _from_rank_0(argv: list[str], rank: int, world_size: int, store: dist.Store) -> dict[str, str]:
+def _from_rank_0(
+    argv: list[str], rank: int, local_rank: int, world_size: int, store: dist.Store
+) -> dict[str, str]:
     """Rank 0's run directory and generation, or its error, on every rank."""
+    store.set(f"here-{rank}", json.dumps(None if local_rank else fingerprint()))
     if rank == 0:
         try:
-            run, generation = _open_run(argv, world_size)
+            nodes = _nodes(world_size, store)
+            run, generation = _open_run(argv, world_size, nodes)
             told = {"run_dir": str(run.path), "generation": str(generation)}
         except ConfigError as error:
             failed = [error.field, str(error.value), error.relation, error.fix]
@@ -113,20 +122,39 @@ def _from_rank_0(argv: list[str], rank: int, world_size: int, store: dist.Store)
     return told
 
 
+def _nodes(world_size: int, store: dist.Store) -> int:
+    """How many nodes the ranks are on; not every launcher says so.
+
+    Raises:
+        ConfigError: they are not alike, or run unequal numbers of ranks.
+    """
+    keys = [f"here-{rank}" for rank in range(world_size)]
+    store.wait(keys)
+    nodes = [found for text in store.multi_get(keys) if (found := json.loads(text)) is not None]
+    check_alike(nodes)
+    require(
+        world_size % len(nodes) == 0,
+        "launcher.nproc_per_node",
+        f"{world_size}/{len(nodes)}",
+        f"every node runs the same number of processes, and {world_size} are on {len(nodes)} nodes",
+        f"launch {-(-world_size // len(nodes))} on each",
+    )
+    return len(nodes)
+
+
 def _wait_until_heard(store: dist.Store, world_size: int) -> None:
     """The store may live in this process: it must not end before the others have the error from it."""
     with suppress(RuntimeError):
         store.wait([f"heard-{rank}" for rank in range(1, world_size)], _HEARD_TIMEOUT)
 
 
-def _open_run(argv: list[str], world_size: int) -> tuple[RunDirectory, int]:
+def _open_run(argv: list[str], world_size: int, nodes: int) -> tuple[RunDirectory, int]:
     """Rank 0: compose or read the config, fit it to the launched world, freeze it in its run directory."""
     if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")) and "=" not in argv[0]:
         asked = load_frozen(Path(argv[0]))
     else:
         asked = compose(argv)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    asked.launcher.nnodes, asked.launcher.nproc_per_node = world_size // local, local
+    asked.launcher.nnodes, asked.launcher.nproc_per_node = nodes, world_size // nodes
     config = resolve(absolute_paths(asked), Machine.here(count_gpus()))
     validate(config)
     fill_vocabulary(config)

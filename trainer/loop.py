@@ -142,6 +142,7 @@ class Trainer:
         Args:
             best: whether to name it ``checkpoints/best``.
         """
+        self.stepper.enter("checkpoint")
         states: list[Any] = [None] * dist.get_world_size(self.control)
         dist.all_gather_object(states, self.loader.state_dict(), group=self.control)
         trainer_state = {
@@ -273,6 +274,7 @@ class Trainer:
 
     def _sample(self) -> str | None:
         config = self.config
+        self.stepper.enter("sample")
         try:
             return sample(
                 self.engine.model,

@@ -83,8 +83,7 @@ MEANINGS = {
     "logger.wandb.mode": "offline: files in the run directory; online: needs a login; disabled: none.",
     "logger.wandb.project": "W&B project.",
     "logger.wandb.entity": "W&B team or user; null: your default.",
-    "launcher.name": "A label.",
-    "launcher.nnodes": "Nodes. `muster train` starts processes on one; torchrun's world sets it.",
+    "launcher.name": "Who starts the nodes: `local` (you, on each), `ssh`, or `muster submit` for the others.",
     "callbacks": "Objects of your own with hooks, each {target: package.module:Class, kwargs: {…}}.",
 }
 """Meanings of fields that carry no string of their own in the schema."""

@@ -21,6 +21,7 @@ from trainer.config import (
     require,
 )
 from trainer.ds_config import check_deepspeed
+from trainer.launchers import check_launcher
 
 
 def validate(config: RunConfig) -> None:
@@ -54,6 +55,7 @@ def validate(config: RunConfig) -> None:
     _check_data(config, dims)
     _check_optim(config)
     check_deepspeed(config, dims)
+    check_launcher(config)
     require(
         config.checkpoint.keep_last >= 1,
         "checkpoint.keep_last",

@@ -20,7 +20,14 @@ from parallel.engines.base import Engine
 from parallel.errors import ConfigError
 from parallel.mesh import Meshes, build_meshes
 from trainer.bits import mix64_int
-from trainer.build import build_callbacks, build_dispatcher, build_engine, build_model, torch_dtype
+from trainer.build import (
+    build_callbacks,
+    build_dispatcher,
+    build_engine,
+    build_exchange_check,
+    build_model,
+    torch_dtype,
+)
 from trainer.checkpoint.durable import DurableCheckpointer, check_room, check_writable, remove_stale
 from trainer.checkpoint.files import storage_error, write_durably
 from trainer.checkpoint.resume import Checkpoint, newest_valid, open_checkpoint
@@ -125,7 +132,8 @@ def _build_trainer(
 ) -> Trainer:
     directory = run_dir / "checkpoints"
     prepared = prepare_data(config)
-    model = build_model(config, build_dispatcher(meshes))
+    check = build_exchange_check(config, meshes, place.rank, place.store)
+    model = build_model(config, build_dispatcher(meshes, check))
     hardware = Hardware(model_cost(model, config), peak_flops(device, torch_dtype(config)) * place.world_size)
     engine = build_engine(config, meshes, device)
     engine.prepare(model)
@@ -140,7 +148,7 @@ def _build_trainer(
         rank=place.rank,
         run_dir=run_dir,
         engine=engine,
-        stepper=Stepper(engine, config, device, stop.requested),
+        stepper=Stepper(engine, config, device, stop.requested, check),
         loader=build_loader(prepared, config, dp_rank, dims.dp),
         prepared=prepared,
         valid=list(valid_batches(prepared, config, dp_rank, dims.dp)) if config.eval.every else [],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parallel.engines.base import Engine
 from parallel.errors import ConfigError
+from parallel.exchange_check import ExchangeCheck
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.models.transformer import Losses
@@ -99,18 +100,25 @@ class Stepper:
         device: of the model.
         wants_stop: whether this rank was asked to stop; the ranks agree before each step, in the same
             all-reduce that counts the targets.
+        check: told which part of which step this rank comes to; None where exchanges are not checked.
 
     Attributes:
         on_gradients: called between the last backward of a step and clipping.
     """
 
     def __init__(
-        self, engine: Engine, config: RunConfig, device: torch.device, wants_stop: Callable[[], bool]
+        self,
+        engine: Engine,
+        config: RunConfig,
+        device: torch.device,
+        wants_stop: Callable[[], bool],
+        check: ExchangeCheck | None = None,
     ) -> None:
         self.engine = engine
         self.config = config
         self.device = device
         self.wants_stop = wants_stop
+        self.check = check
         self.on_gradients: Callable[[], None] = lambda: None
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
@@ -120,13 +128,16 @@ class Stepper:
         the first backward. Collective.
         """
         config = self.config
+        self.enter("start", step + 1)
         num_targets, stop = self._agree(batches)
         sums = Sums()
         for index, batch in enumerate(batches):
+            self.enter(f"micro-batch {index + 1} of {len(batches)}" if len(batches) > 1 else "")
             losses = self.forward(batch)
             loss = self.objective(losses) / num_targets
             self.engine.backward(loss, last=index == len(batches) - 1)
             sums.add(losses)
+        self.enter("optimizer")
         self.on_gradients()
         grad_norm = self.engine.clip_gradients(config.optim.max_grad_norm)
         lr = learning_rate(config.optim, step, config.train.steps)
@@ -142,7 +153,8 @@ class Stepper:
         """Sums over held-out batches; every rank brings the same number of them. Collective."""
         sums = Sums()
         self.engine.model.eval()
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            self.enter(f"evaluation, batch {index + 1} of {len(batches)}")
             sums.add(self.forward(batch))
         self.engine.model.train()
         num_targets, _ = self._agree(batches)
@@ -175,6 +187,11 @@ class Stepper:
             if weights.router_z:
                 total = total + weights.router_z * stats.router_z
         return total
+
+    def enter(self, part: str, step: int | None = None) -> None:
+        """This rank comes to another part of the step (None: of the same one), for those who ask where it is."""
+        if self.check is not None:
+            self.check.enter(part, step)
 
     def _agree(self, batches: list[Batch]) -> tuple[int, bool]:
         """Target tokens over all ranks, and whether any rank was asked to stop.

@@ -20,6 +20,7 @@ from parallel.collectives import all_to_all_rows, exchange_counts
 from parallel.dispatch.base import Dispatched, Routing
 from parallel.dispatch.local import rows_of_experts
 from parallel.dispatch.permute import Permutation, gather, plan, spread
+from parallel.exchange_check import ExchangeCheck, Notice
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,23 @@ class AllToAllDispatcher:
 
     Args:
         group: the ep axis; ``E`` must be a multiple of its size.
+        check: what the ranks do before each exchange; None: nothing.
+        layer: index of the block, for what the check says.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(
+        self, group: dist.ProcessGroup, check: ExchangeCheck | None = None, layer: int | None = None
+    ) -> None:
+        self.group, self.check = group, check
         self.ep = dist.get_world_size(group)
         self.ep_rank = dist.get_rank(group)
+        self._counts, self._dispatch, self._combine = (
+            None if check is None else Notice(check, layer, operation)
+            for operation in ("counts", "dispatch", "combine")
+        )
+
+    def at_layer(self, index: int) -> AllToAllDispatcher:
+        return AllToAllDispatcher(self.group, self.check, index)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         home = plan(routing.expert_TK, routing.slot_TK, routing.num_slots, routing.num_experts)
@@ -51,7 +63,7 @@ class AllToAllDispatcher:
         num_local = counts.shape[1]
         rows = spread(x_TD, home)
         if routing.num_slots is None:
-            received = exchange_counts(counts, self.group)  # [source, local expert]
+            received = exchange_counts(counts, self.group, self._counts)  # [source, local expert]
             send_splits, recv_splits = torch.stack([counts.sum(1), received.sum(1)]).tolist()
             expert_of_row = torch.repeat_interleave(
                 torch.arange(num_local, device=rows.device).repeat(self.ep),
@@ -64,7 +76,7 @@ class AllToAllDispatcher:
             expert_of_row = torch.arange(num_local, device=rows.device)
             expert_of_row = expert_of_row.repeat_interleave(routing.num_slots).repeat(self.ep)
         regroup = Permutation.by_key(expert_of_row[:, None])
-        arrived = all_to_all_rows(rows, send_splits, recv_splits, self.group)
+        arrived = all_to_all_rows(rows, send_splits, recv_splits, self.group, self._dispatch)
         num_sent = sum(send_splits) - send_splits[self.ep_rank]
         return Dispatched(
             rows_ND=spread(arrived, regroup),
@@ -77,7 +89,8 @@ class AllToAllDispatcher:
         assert isinstance(metadata, _Metadata)
         regroup = metadata.regroup
         inverse = Permutation(regroup.pair_of_row_N[:, None], regroup.row_of_pair_TK[:, 0], partial=False)
+        answers = spread(rows_ND, inverse)
         returned = all_to_all_rows(
-            spread(rows_ND, inverse), metadata.recv_splits, metadata.send_splits, self.group
+            answers, metadata.recv_splits, metadata.send_splits, self.group, self._combine
         )
         return gather(returned, routing.weight_TK, metadata.home)

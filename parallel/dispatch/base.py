@@ -3,7 +3,8 @@
     x_TD ──dispatch──▶ rows grouped by local expert ──experts──▶ rows ──combine──▶ y_TD
 
 A dispatcher is not a module and holds no parameters. ``dispatch`` returns frozen metadata that ``combine``
-takes back, so that one dispatcher serves every layer and every micro-batch.
+takes back, so that one dispatcher serves every layer and every micro-batch; a layer that says which one it is
+(``at_layer``) is named when ranks diverge.
 
 Shape suffixes: T tokens on this rank, K choices a token, E experts, N rows, D model width. A *pair* is one
 (token, choice); its flat number is ``t · K + k``.
@@ -56,6 +57,10 @@ class Dispatched:
 
 class Dispatcher(Protocol):
     """Every backend computes what :class:`parallel.dispatch.local.LocalDispatcher` does."""
+
+    def at_layer(self, index: int) -> Dispatcher:
+        """The same dispatcher for the block of this index, which its messages then name."""
+        ...
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Group tokens by expert. Collective over the ep axis, in the same order on every rank."""

@@ -12,6 +12,9 @@ from parallel.dispatch.permute import Permutation, count, gather, plan, spread
 class LocalDispatcher:
     """See :class:`parallel.dispatch.base.Dispatcher`."""
 
+    def at_layer(self, index: int) -> LocalDispatcher:
+        return self
+
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         permutation = plan(routing.expert_TK, routing.slot_TK, routing.num_slots, routing.num_experts)
         return Dispatched(

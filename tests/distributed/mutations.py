@@ -253,3 +253,26 @@ def router_bias_from_own_counts_only(config: RunConfig, rank: int) -> AbstractCo
         return replace(totals, counts_LE=counts)
 
     return patch.object(Sums, "reduce", reduce)
+
+
+@mutation
+def a_rank_skips_an_exchange(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
+    original = parallel.dispatch.all_to_all.all_to_all_rows
+
+    def skipping(rows: Tensor, send: list[int], recv: list[int], group: Any, notice: Any) -> Tensor:
+        if rank == 1 and notice.operation == "dispatch":
+            return rows.new_zeros(sum(recv), rows.shape[1])
+        return original(rows, send, recv, group, notice)
+
+    return patch.object(parallel.dispatch.all_to_all, "all_to_all_rows", skipping)
+
+
+@mutation
+def a_rank_expects_other_sizes(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
+    original = parallel.dispatch.all_to_all.exchange_counts
+
+    def swapped(*args: Any) -> Tensor:
+        received = original(*args)
+        return received.roll(1, 0) if rank == 1 else received  # their sum stays right
+
+    return patch.object(parallel.dispatch.all_to_all, "exchange_counts", swapped)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from launch.verify import _prepare
+from launch.verify import EXIT_NOT_EQUAL, _prepare, verify
 from tests.command import MUSTER, REPO, Workplace
 from tests.distributed import cases
 from tests.distributed.mutations import MUTATIONS
@@ -93,9 +96,19 @@ CAUGHT: dict[str, tuple[list[str], str, str]] = {
 }
 
 
+# What does not come to a comparison: mutation → what the ranks say of each other.
+DESYNCS = {
+    "a_rank_skips_an_exchange": "ranks of an expert-parallel group are not at the same exchange: "
+    "rank 0 at step 1, micro-batch 1 of 3, layer 0, dispatch; "
+    "rank 1 at step 1, micro-batch 1 of 3, layer 0, combine",
+    "a_rank_expects_other_sizes": "ranks of an expert-parallel group do not agree on the sizes of an exchange at "
+    "step 1, micro-batch 1 of 3, layer 0, dispatch: rank 0 sends",
+}
+
+
 @cache
 def every_mutation_is_listed() -> bool:
-    return MUTATIONS.keys() == CAUGHT.keys()
+    return MUTATIONS.keys() == CAUGHT.keys() | DESYNCS.keys()
 
 
 @pytest.mark.parametrize("mutation", CAUGHT)
@@ -107,6 +120,32 @@ def test_every_injected_bug_is_caught_and_placed(pool: Pool, tmp_path: Path, mut
     assert first is not None, "not caught"
     assert first.name == place, f"caught at {first.name} ({first.where})"
     assert hint in f"{first.where} {first.suspicion}"
+
+
+@pytest.mark.parametrize("mutation", DESYNCS)
+def test_ranks_that_diverge_say_where(pool: Pool, tmp_path: Path, mutation: str) -> None:
+    with pytest.raises(AssertionError, match=f"DesyncError: {re.escape(DESYNCS[mutation])}"):
+        prove(pool, tmp_path, TWO, mutation)
+
+
+def test_a_desync_is_the_fault_that_stands_in_the_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation = "a_rank_skips_an_exchange"
+
+    def command(config: Path) -> list[str]:
+        return [sys.executable, "-m", "tests.distributed.mutated_worker", mutation, "--config", str(config)]
+
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    outcome = verify(asked_config(tmp_path, [*TWO, "run.id=d"]), Console(quiet=True), command=command)
+    certificate = json.loads((tmp_path / "proof" / "verify-d" / "certificate.json").read_text())
+    assert outcome.code == EXIT_NOT_EQUAL
+    assert f"DesyncError: {DESYNCS[mutation]}" in outcome.message
+    assert certificate["passed"] is False
+    assert f"DesyncError: {DESYNCS[mutation]}" in certificate["fault"]["cause"]
+    assert {"field": "resilience.check_exchanges", "asked": False, "run": True} in certificate[
+        "asked_and_run"
+    ]
 
 
 def test_a_shrunk_config_keeps_what_can_go_wrong(tmp_path: Path) -> None:
@@ -166,6 +205,8 @@ def test_the_page_names_every_injected_bug_and_where_it_is_caught() -> None:
     page = (REPO / "docs" / "verify.md").read_text()
     for name, (_, place, _) in CAUGHT.items():
         assert f"| `{name}` | {place} |" in page
+    for name in DESYNCS:
+        assert f"| `{name}` | the exchanges |" in page
 
 
 def test_training_does_not_begin_with_a_layout_that_is_not_proven(workplace: Workplace) -> None:

@@ -69,6 +69,7 @@ def shrink(asked: RunConfig, device: Device, recorder: CallbackConfig) -> tuple[
     c.logger.every, c.logger.terminal, c.logger.wandb.mode = 1, Terminal.off, WandbMode.disabled
     c.resilience.collective_timeout_seconds = 60.0
     c.resilience.max_restarts = 0
+    c.resilience.check_exchanges = True
     c.callbacks = [recorder]
     return c, changes(asked, c)
 
