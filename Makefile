@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu lint docs clean
+.PHONY: help setup train test test-gpu cluster-tools lint docs clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY) ## make .venv and install Muster with the tested versions (again: does nothing)
 
@@ -29,6 +29,12 @@ test: setup ## all tests that need no GPU
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -o addopts='' -m gpu tests/gpu $(ARGS)
+
+cluster-tools: ## Debian packages for the tests with several nodes (as root); without them those tests are skipped
+	@missing=""; for tool in ip:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh slurmctld:slurmctld \
+	  slurmd:slurmd sbatch:slurm-client munged:munge; do \
+	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
+	if [ -n "$$missing" ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing; fi
 
 lint: setup ## ruff (rules and format), mypy, import layers
 	$(BIN)/ruff check .

@@ -77,11 +77,14 @@ def hosts(*names: str) -> Iterator[list[Host]]:
 
 
 def _write_names(host: Host, everyone: list[Host]) -> None:
-    """`ip netns exec` puts what lies in this folder in the place of the files of /etc."""
-    folder = Path("/etc/netns") / host.namespace
-    folder.mkdir(parents=True)
+    _etc(host).mkdir(parents=True)
     lines = ["127.0.0.1 localhost", *(f"{other.address} {other.name}" for other in everyone)]
-    (folder / "hosts").write_text("\n".join(lines) + "\n")
+    (_etc(host) / "hosts").write_text("\n".join(lines) + "\n")
+
+
+def _etc(host: Host) -> Path:
+    """`ip netns exec` puts what lies in this folder in the place of the same names in /etc."""
+    return Path("/etc/netns") / host.namespace
 
 
 def _ip(*args: str) -> None:
@@ -107,6 +110,10 @@ def ssh_servers(members: list[Host], folder: Path) -> Iterator[Path]:
         "  StrictHostKeyChecking accept-new\n  LogLevel ERROR\n"
     )
     sshd = str(shutil.which("sshd"))
+    for host in members:  # so that `ssh` needs no arguments there
+        own = _etc(host) / "ssh"
+        own.mkdir()
+        shutil.copy(client, own / "ssh_config")
     servers = [subprocess.Popen(host.command(sshd, "-D", "-f", str(server))) for host in members]
     try:
         for host in members:
@@ -120,6 +127,6 @@ def ssh_servers(members: list[Host], folder: Path) -> Iterator[Path]:
 
 
 def _wait_for_port(host: Host, port: int) -> None:
-    wait = f"for i in $(seq 200); do (exec 3<>/dev/tcp/{host.address}/{port}) 2>/dev/null && exit 0; sleep 0.05; done"
-    done = subprocess.run(host.command("bash", "-c", f"{wait}; exit 1"))
+    look = f"(exec 3<>/dev/tcp/{host.address}/{port}) 2>/dev/null && exit 0; sleep 0.05"
+    done = subprocess.run(host.command("bash", "-c", f"for i in $(seq 200); do {look}; done; exit 1"))
     assert done.returncode == 0, f"nothing listens at {host.name}:{port}"

@@ -5,41 +5,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.chaos.plugins import KillAt
-from tests.cluster.hosts import Host, hosts, need, ssh_servers
+from tests.cluster.conftest import RUN
+from tests.cluster.hosts import Host
 from tests.command import MUSTER, REPO, SMALL, Workplace
 from tests.commands.plugins import entry
 from tests.commands.watch import assert_nothing_left, wait_until
 
-RUN = ["parallel.ep=2", "optim.schedule=constant", "train.steps=12", "checkpoint.every=4"]
 NODES = ["launcher.nnodes=2", "launcher.master_addr=node-a", "launcher.nproc_per_node=1"]
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[list[Host]]:
-    need("ip", "unshare")
-    with hosts("node-a", "node-b") as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def ssh_config(nodes: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    need("sshd", "ssh")
-    with ssh_servers(nodes, tmp_path_factory.mktemp("ssh") / "servers") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """The same run on one node."""
-    workplace = Workplace(tmp_path_factory.mktemp("one-node"))
-    workplace.train(*RUN, "launcher.nproc_per_node=2")
-    return workplace
 
 
 def overrides(workplace: Workplace, *more: str) -> list[str]:
@@ -173,14 +148,13 @@ class TestWhatIsWrong:
             assert_nothing_left(workplace)
 
     def test_a_first_node_that_is_not_there(self, workplace: Workplace, nodes: list[Host]) -> None:
-        for name, why in (
-            ("node-c", "no host has this name"),
-            ("10.77.0.99", "10.77.0.99:29400 cannot be reached"),
-        ):
-            more = [f"launcher.master_addr={name}", "launcher.node_rank=1"]
-            refused(
-                train_on(workplace, nodes[1], *more), f"launcher.master_addr={name}: seen from node-b", why
-            )
+        cases = (("node-c", "no host has this name"), ("10.77.0.99", "10.77.0.99:29400 cannot be reached"))
+        started = [
+            train_on(workplace, nodes[1], f"launcher.master_addr={name}", "launcher.node_rank=1")
+            for name, _ in cases
+        ]
+        for process, (name, why) in zip(started, cases, strict=True):
+            refused(process, f"launcher.master_addr={name}: seen from node-b", why)
 
     def test_a_port_in_use(self, workplace: Workplace, nodes: list[Host]) -> None:
         server = subprocess.Popen(nodes[0].command("python3", "-m", "http.server", "29400"))
