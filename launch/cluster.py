@@ -1,4 +1,4 @@
-"""Node 0's side of a run on several nodes: who is there, what they are told, and their workers as one group.
+"""Node 0's side of a run on several nodes: who is there, and what they are told.
 
 ::
 
@@ -12,19 +12,17 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.agent import Incomplete
 from launch.control import Hello, Order, Status, period_seconds
-from launch.failure import Failure, origin
+from launch.failure import Failure
 from launch.outcome import EXIT_CONFIG, EXIT_GAVE_UP, EXIT_STOPPED, Outcome
-from launch.workers import Plan, WorkerGroup
 from parallel.errors import ConfigError
 from trainer.config import RunConfig
-from trainer.environment import check_alike
 from trainer.network import serve
 
 if TYPE_CHECKING:
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 TOKEN_FILE = ".nodes"
 _POLL_SECONDS = 0.05
 _SAY_SECONDS = 10.0
-_SILENT_SECONDS = 2.0
-"""A node that has not been heard for so long is suspected when something else has already failed."""
 _LEAVE_SECONDS = 5.0
 
 
@@ -84,6 +80,7 @@ class Cluster:
 
     Attributes:
         members: the others, by agent id; lost ones are dropped when the next generation is made up.
+        node_timeout: seconds of silence after which a node is lost.
         outcome: how everyone's command ends.
         stopped: whether this node was asked to stop; read while waiting for others.
     """
@@ -97,7 +94,7 @@ class Cluster:
         self.members: dict[int, Member] = {}
         self._store, self._mine, self._say = store, mine, say
         self._join_timeout = config.launcher.join_timeout_seconds
-        self._node_timeout = config.resilience.node_timeout_seconds
+        self.node_timeout = config.resilience.node_timeout_seconds
         self._strangers: set[int] = set()
         self._known = self._changes = self._orders = 0
         self._beats_at = 0.0
@@ -127,7 +124,7 @@ class Cluster:
                     member.beat, member.seen = beat, now
         self._look_at_strangers()
         for member in self.members.values():
-            member.lost = member.lost or member.status.left or member.silent_seconds > self._node_timeout
+            member.lost = member.lost or member.status.left or member.silent_seconds > self.node_timeout
 
     def _read(self, kind: str) -> list[bytes]:
         keys = [f"{kind}/{identity}" for identity in self.members]
@@ -151,8 +148,7 @@ class Cluster:
 
     def _admit(self, identity: int, hello: Hello) -> None:
         try:
-            check_alike([self._mine.fingerprint, hello.fingerprint])
-            _check_same_start(self._mine, hello, configs=not self._complete)
+            self._mine.check_alike(hello, configs=not self._complete)
             rank = self._rank_for(hello)
         except ConfigError as error:
             if not self._complete:
@@ -254,6 +250,19 @@ class Cluster:
             if self.stopped() or self.asked_to_stop():
                 raise Incomplete("stopped", stopped=True)
 
+    def assemble(self, run_dir: Path) -> None:
+        """See every node there and ready, before a generation starts.
+
+        Raises:
+            Incomplete: they are not, for whatever reason; or somebody asked to stop.
+        """
+        try:
+            self.gather()
+            self.prepare(run_dir)
+        except ConfigError as error:
+            raise Incomplete(str(error)) from error
+        self._complete = True
+
     # -- what they are told -------------------------------------------------------------------------------
 
     def order(self, do: str, ranks: dict[str, int] | None = None, **fields: object) -> int:
@@ -295,116 +304,6 @@ class Cluster:
                 if status.orders_done >= orders or status.left:
                     break
                 time.sleep(_POLL_SECONDS)
-
-    def starter(
-        self, plan: Plan, run_dir: Path
-    ) -> Callable[[int, bool], AbstractContextManager[ClusterGroup]]:
-        """What starts the workers of a generation on all nodes. See :class:`launch.agent.Agent`."""
-        return lambda generation, check: self._start(plan, run_dir, generation, check)
-
-    @contextmanager
-    def _start(self, plan: Plan, run_dir: Path, generation: int, check: bool) -> Iterator[ClusterGroup]:
-        try:
-            self.gather()
-            self.prepare(run_dir)
-        except ConfigError as error:
-            raise Incomplete(str(error)) from error
-        self._complete = True
-        self.order("start", generation=generation, run_dir=str(run_dir), check_exchanges=check)
-        with WorkerGroup(plan, run_dir, generation, check) as own:
-            group = ClusterGroup(self, own, self._node_timeout)
-            try:
-                yield group
-            finally:
-                group.kill()
-
-
-class ClusterGroup:
-    """One generation's workers on all nodes. See :class:`launch.agent.Group`."""
-
-    settle_seconds = 2 * _SILENT_SECONDS
-
-    def __init__(self, cluster: Cluster, own: WorkerGroup, node_timeout: float) -> None:
-        self._cluster, self._own, self._timeout = cluster, own, node_timeout
-        self._killed = False
-
-    def _others(self) -> list[Member]:
-        return sorted(self._cluster.members.values(), key=lambda member: member.node_rank)
-
-    def codes(self) -> list[int | None]:
-        if not self._killed:
-            self._cluster.poll()
-        found = self._own.codes()
-        for member in self._others():
-            count = member.hello.num_workers
-            told = member.status.codes if member.status.generation == self._own.generation else []
-            found += [-9] * count if member.lost and None in (told or [None]) else told or [None] * count
-        return found
-
-    def failure(self) -> Failure | None:
-        found = [failure for failure in [self._own.failure()] if failure is not None]
-        for member in self._others():
-            if member.status.generation == self._own.generation and member.failure is not None:
-                found.append(member.failure)
-        suspect = origin(found)
-        if suspect is None or not suspect.certain:
-            lost = next((member for member in self._others() if _is_gone(member)), None)
-            if lost is not None:
-                return _lost(lost)
-        return suspect
-
-    def asked_to_stop(self) -> str | None:
-        return self._cluster.asked_to_stop()
-
-    def terminate(self) -> None:
-        self._cluster.order("terminate")
-        self._own.terminate()
-
-    def kill(self) -> None:
-        if self._killed:
-            return
-        orders = self._cluster.order("kill", generation=self._own.generation)
-        self._own.kill()
-        self._cluster.wait_done(orders, self._timeout)
-        self._killed = True
-
-
-def _is_gone(member: Member) -> bool:
-    return member.lost or member.silent_seconds > _SILENT_SECONDS
-
-
-def _lost(member: Member) -> Failure:
-    how = "left" if member.status.left else f"has not been heard for {member.silent_seconds:.0f} s"
-    rank = member.node_rank * member.hello.num_workers
-    cause = f"{member.name} {how}"
-    return Failure(rank, member.hello.host, "node-lost", cause, 1, time.time(), True, "", "")
-
-
-def _check_same_start(mine: Hello, other: Hello, configs: bool) -> None:
-    """Raise ConfigError unless both nodes were started with the same config."""
-    for field_, ours, theirs in (
-        ("launcher.nproc_per_node", mine.num_workers, other.num_workers),
-        ("device", mine.device, other.device),
-    ):
-        if ours != theirs:
-            raise ConfigError(
-                field_,
-                theirs,
-                f"on {other.host}, but {ours} on {mine.host}",
-                f"{field_}={ours} on every node",
-            )
-    keys = [key for key in mine.asked if configs and mine.asked[key] != other.asked.get(key)]
-    if keys:
-        told = "; ".join(
-            f"{key} is {other.asked.get(key)} there and {mine.asked[key]} here" for key in keys[:5]
-        )
-        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-        raise ConfigError(
-            keys[0],
-            other.asked.get(keys[0]),
-            f"{other.host} was started with another config than {mine.host}: {told}{more}",
-            "start the same command on every node",
-        )
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from launch.failure import Failure
+from parallel.errors import ConfigError
+from trainer.environment import check_alike
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -53,6 +55,36 @@ class Hello:
     device: str
     fingerprint: dict[str, str]
     asked: dict[str, Any]
+
+    def check_alike(self, other: Hello, configs: bool) -> None:
+        """Compare another node with this one.
+
+        Args:
+            configs: compare what they were started with, too.
+
+        Raises:
+            ConfigError: they differ; the message names the other's host and the difference.
+        """
+        check_alike([self.fingerprint, other.fingerprint])
+        for name, ours, theirs in (
+            ("launcher.nproc_per_node", self.num_workers, other.num_workers),
+            ("device", self.device, other.device),
+        ):
+            if ours != theirs:
+                relation = f"on {other.host}, but {ours} on {self.host}"
+                raise ConfigError(name, theirs, relation, f"{name}={ours} on every node")
+        keys = [key for key in self.asked if configs and self.asked[key] != other.asked.get(key)]
+        if keys:
+            told = "; ".join(
+                f"{key} is {other.asked.get(key)} there and {self.asked[key]} here" for key in keys[:5]
+            )
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise ConfigError(
+                keys[0],
+                other.asked.get(keys[0]),
+                f"{other.host} was started with another config than {self.host}: {told}{more}",
+                "start the same command on every node",
+            )
 
 
 @dataclass

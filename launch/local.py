@@ -9,6 +9,7 @@ from rich.console import Console
 
 from launch.agent import Agent, Incomplete
 from launch.cluster import Cluster
+from launch.cluster_group import starter
 from launch.outcome import EXIT_CONFIG, EXIT_STOPPED, Outcome
 from launch.view import RunView
 from launch.workers import Plan, worker_command
@@ -113,7 +114,7 @@ def run_here(run: RunDirectory, config: RunConfig, console: Console, cluster: Cl
                 return Outcome(EXIT_STOPPED, f"Stopped before the start ({cluster.asked_to_stop()}).")
         with RunView(run.path, config, console) as view:
             resilience = config.resilience
-            start = plan.starter(run.path) if cluster is None else cluster.starter(plan, run.path)
+            start = plan.starter(run.path) if cluster is None else starter(cluster, plan, run.path)
             agent = Agent(run, start, resilience.max_restarts, resilience.stop_grace_seconds, say=view.say)
             if cluster is not None:
                 cluster.stopped = lambda: agent.stop.cause is not None
