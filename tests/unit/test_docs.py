@@ -95,7 +95,11 @@ def test_command_lines_are_valid(words: list[str], examples: Path, monkeypatch: 
 
 
 def check_command(words: list[str], folder: Path) -> None:
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
     match words:
+        case ["printf" | "echo", *_]:
+            pass
         case ["git", "clone", *_] | ["cd", _] | ["source", ".venv/bin/activate"]:
             pass
         case ["make", target, *_]:
@@ -110,6 +114,8 @@ def check_command(words: list[str], folder: Path) -> None:
             assert re.search(rf"^  muster {command}\b", HELP, re.MULTILINE)
         case ["torchrun", *arguments]:
             check_torchrun(arguments)
+        case ["deepspeed" | "accelerate" | "srun", *arguments]:
+            check_worker(arguments[arguments.index("trainer") + 1 :], 2, 1)
         case _:
             raise AssertionError(f"a command that this test does not know: {words}")
 
@@ -119,7 +125,10 @@ def check_train(arguments: list[str], folder: Path) -> None:
     if args.multirun:
         sweep.check([*overrides, f"run.root={folder / 'runs'}"], args.config_dir)
     else:
-        validate(resolve(compose(overrides, args.config_dir), MACHINE))
+        config = compose(overrides, args.config_dir)
+        if config.launcher.nnodes == -1:  # as many as the hostfile has
+            config.launcher.nnodes = 2
+        validate(resolve(config, MACHINE))
 
 
 def check_resume(overrides: list[str]) -> None:
@@ -133,13 +142,14 @@ def check_torchrun(arguments: list[str]) -> None:
     at = arguments.index("-m")
     assert arguments[at + 1] == "trainer"
     flags = dict(flag.lstrip("-").split("=") for flag in arguments[:at])
-    config = compose(arguments[at + 2 :])
-    config.launcher.nnodes, config.launcher.nproc_per_node = (
-        int(flags["nnodes"]),
-        int(flags["nproc-per-node"]),
-    )
+    check_worker(arguments[at + 2 :], int(flags["nnodes"]), int(flags["nproc-per-node"]))
+    assert "rdzv-id" in flags or any(argument.startswith("run.id=") for argument in arguments)
+
+
+def check_worker(overrides: list[str], nnodes: int, nproc_per_node: int) -> None:
+    config = compose(overrides)
+    config.launcher.nnodes, config.launcher.nproc_per_node = nnodes, nproc_per_node
     validate(resolve(config, MACHINE))
-    assert config.run.id is not None
 
 
 def test_a_wrong_command_line_would_be_found(tmp_path: Path) -> None:
