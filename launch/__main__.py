@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import signal
 import sys
 from collections.abc import Callable
 
@@ -59,6 +60,9 @@ def main() -> int:
 
 def report(command: Callable[[], Outcome]) -> int:
     """Run a command, tell the user how it ended, and return its exit code."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until an agent listens, they are like Ctrl-C
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         outcome = command()
     except ConfigError as error:

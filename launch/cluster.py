@@ -32,6 +32,8 @@ TOKEN_FILE = ".nodes"
 _POLL_SECONDS = 0.05
 _SAY_SECONDS = 10.0
 _LEAVE_SECONDS = 5.0
+_DEAF_SECONDS = 10.0
+"""A node that owes an answer and has been silent for so long will not give it."""
 
 
 @dataclass
@@ -273,13 +275,13 @@ class Cluster:
         self._orders = self._store.add("orders", 1)
         return self._orders
 
-    def wait_done(self, orders: int, seconds: float) -> None:
-        """Wait until all who can be heard have carried out so many orders; who has not by then is lost."""
-        until = time.monotonic() + seconds
+    def wait_done(self, orders: int) -> None:
+        """Wait until all who can be heard have carried out so many orders; who does not is lost."""
+        until = time.monotonic() + self.node_timeout
         while waiting := [m for m in self.members.values() if not m.lost and m.status.orders_done < orders]:
-            if time.monotonic() > until:
-                for member in waiting:
-                    member.lost = True
+            for member in waiting:
+                silent = member.silent_seconds > min(_DEAF_SECONDS, self.node_timeout)
+                member.lost = silent or time.monotonic() > until
             time.sleep(_POLL_SECONDS)
             self.poll()
 

@@ -80,7 +80,7 @@ class ClusterGroup:
             return
         orders = self._cluster.order("kill", generation=self._own.generation)
         self._own.kill()
-        self._cluster.wait_done(orders, self._cluster.node_timeout)
+        self._cluster.wait_done(orders)
         self._killed = True
 
 

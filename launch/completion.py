@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.outcome import Outcome
 from parallel.errors import ConfigError
 
-COMMANDS = ("train", "resume", "generate", "report", "doctor", "completion")
+COMMANDS = ("train", "resume", "submit", "verify", "generate", "report", "doctor", "completion")
 
 _BASH = """\
 _muster_complete() {
@@ -63,7 +63,7 @@ def complete(line: str) -> list[str]:
     if len(words) <= 1:
         return [f"{name} " for name in (*COMMANDS, "--help", "--version") if name.startswith(word)]
     command, before = words[1], words[2:]
-    if command == "train" or (command == "resume" and before):
+    if command in ("train", "submit", "verify") or (command == "resume" and before):
         return _overrides(before, word)
     if command in ("resume", "generate", "report"):
         if before:

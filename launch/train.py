@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -28,7 +29,8 @@ from launch.outcome import EXIT_DONE, Outcome
 from parallel.errors import ConfigError
 from trainer import overrides as grammar
 from trainer.compose import CONF_DIR, CONFIG_NAME, absolute_paths, compose, to_run_config
-from trainer.config import RunConfig
+from trainer.config import RunConfig, require
+from trainer.launchers import SUBMITTED
 from trainer.rundir import RunDirectory
 
 
@@ -162,7 +164,16 @@ def train(asked: RunConfig) -> Outcome:
             lambda fields: {"command": "train", "config": {**values, "launcher": {**launcher, **fields}}},
             console,
         )
+    if asked.launcher.name in SUBMITTED and asked.launcher.node_rank is None:
+        raise ConfigError(
+            "launcher.name",
+            asked.launcher.name,
+            "is for `muster submit`; `muster train` would train on this machine",
+            f"muster submit launcher={asked.launcher.name} …, or launcher=local",
+        )
     config = complete_config(asked)
+    if config.run.resume and _is_finished(config):
+        return Outcome(EXIT_DONE, f"This run is finished: {_directory(config)}")
     return on_nodes(asked, config, console, lambda cluster: _train(asked, config, console, cluster))
 
 
@@ -174,15 +185,28 @@ def _train(asked: RunConfig, config: RunConfig, console: Console, cluster: Clust
         if proven.code:
             return proven
     run = RunDirectory.claim(config) if config.run.resume else RunDirectory.create(config)
-    there = run.config_path.is_file()
-    if there and run.is_finished(config.train.steps):
-        return Outcome(EXIT_DONE, f"This run is finished: {run.path}")
     try:
         check_data(config, console)
     except BaseException:
         run.discard()
         raise
     asked.run.id = config.run.id
-    if not there or run.config() != absolute_paths(config):
+    if not run.config_path.is_file() or run.config() != absolute_paths(config):
         run.freeze(config, asked)
     return run_here(run, config, console, cluster)
+
+
+def _is_finished(config: RunConfig) -> bool:
+    run = RunDirectory(_directory(config))
+    return run.config_path.is_file() and run.is_finished(config.train.steps)
+
+
+def _directory(config: RunConfig) -> Path:
+    require(
+        config.run.id is not None,
+        "run.resume",
+        True,
+        "goes on with the run of an id, and run.id is not given",
+        "run.id=my-run",
+    )
+    return Path(config.run.root, config.run.name, str(config.run.id))

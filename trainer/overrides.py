@@ -45,9 +45,9 @@ def schema_types() -> dict[str, Any]:
 
 
 def is_free(key: str) -> bool:
-    """Whether ``key`` lies below a free dict (``model.kwargs.width``), where any name goes."""
+    """Whether ``key`` is a free dict or lies below one (``model.kwargs.width``), where any name goes."""
     known, parts = schema_types(), key.split(".")
-    above = (".".join(parts[:end]) for end in range(1, len(parts)))
+    above = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
     return any(typing.get_origin(known.get(parent)) is dict for parent in above)
 
 

@@ -28,7 +28,12 @@ NEEDS = {
     ("data", "parquet"): ["data.path=x.parquet"],
     ("data", "hub"): ["data.name=owner/name"],
     ("optim", "wsd"): ["train.steps=100"],
-    ("launcher", "ssh"): ["launcher.hostfile=hosts", "launcher.nnodes=2"],
+    ("launcher", "slurm"): ["launcher.slurm.cpus_per_node=8", "launcher.slurm.gpus_per_node=8"],
+    ("launcher", "kubernetes"): [
+        *("launcher.kubernetes.cpus_per_node=8", "launcher.kubernetes.gpus_per_node=8"),
+        *("launcher.kubernetes.image=a/b:1", "launcher.kubernetes.claim=c", "run.root=/runs"),
+    ],
+    ("launcher", "ssh"): ["launcher.hostfile=hosts", "launcher.nnodes=2", "train.global_batch=16"],
 }
 
 

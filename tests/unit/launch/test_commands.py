@@ -66,6 +66,7 @@ def test_help_fits_a_screen(tmp_path: Path) -> None:
         (["train", "optim.lrr=1"], {"hydra"}),
         (["train", "-m", "layout=dense,mixtrl"], {"hydra"}),
         (["train", "parallel.ep=3"], {"hydra"}),
+        (["train", "data=text", "data.path=none.txt"], {"hydra"}),
         (["train", "--help"], {"hydra"}),
         (["resume", "nowhere"], {"hydra"}),
     ],
@@ -83,6 +84,8 @@ def test_what_does_not_train_imports_no_torch(
         (["trian"], "command=trian: one of train, resume, "),
         (["train", "layout=mixtrl"], "Fix: layout=mixtral."),
         (["train", "parallel.ep=3", "layout=mixtral"], "parallel.ep=3: ep is carved from dp_shard·cp·tp = 1"),
+        (["train", "launcher=slurm"], "launcher.name=slurm: is for `muster submit`"),
+        (["train", "run.resume=true"], "run.resume=True: goes on with the run of an id"),
         (["train", "launcher.nproc_per_node=3"], "train.global_batch=8: must be a multiple of dp (3)"),
         (
             ["train", "launcher.nnodes=2", "train.global_batch=8"],
