@@ -157,7 +157,8 @@ class Cluster:
                 raise
             self.order("leave", ranks={str(identity): -1}, code=EXIT_CONFIG, message=str(error))
             return
-        self.members[identity] = Member(identity, hello, rank)
+        member = self.members[identity] = Member(identity, hello, rank)
+        member.hear(Status.from_json(self._store.get(f"status/{identity}")))  # its news may have been counted
         self._say(f"node {rank} of {self.nnodes} is here: {hello.host}")
 
     def _rank_for(self, hello: Hello) -> int:

@@ -167,6 +167,7 @@ class Link(threading.Thread):
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._sent = threading.Event()
+        self._sent.set()
         self._error: str | None = None
         # What was ordered before does not concern a newcomer.
         self.status = Status(orders_done=store.add("orders", 0))

@@ -1,4 +1,4 @@
-"""Two hosts, their ssh servers, and what one node computes: shared by the tests of this folder."""
+"""Two hosts and their ssh servers, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Host, hosts, need, ssh_servers
-from tests.command import Workplace
+from tests.command import CALM
 
-RUN = ["parallel.ep=2", "optim.schedule=constant", "train.steps=12", "checkpoint.every=4"]
+RUN = [*(override for override in CALM if not override.startswith("launcher.")), "checkpoint.every=4"]
+"""As the ``calm`` fixture trains, on as many nodes as a test likes."""
 
 
 @pytest.fixture(scope="session")
@@ -25,11 +26,3 @@ def ssh_config(nodes: list[Host], tmp_path_factory: pytest.TempPathFactory) -> I
     need("sshd", "ssh")
     with ssh_servers(nodes, tmp_path_factory.mktemp("ssh") / "servers") as client:
         yield client
-
-
-@pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """The same run on one node."""
-    workplace = Workplace(tmp_path_factory.mktemp("one-node"))
-    workplace.train(*RUN, "launcher.nproc_per_node=2")
-    return workplace

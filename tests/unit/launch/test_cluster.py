@@ -1,0 +1,174 @@
+"""Node 0 and the others over a real store on this machine: who is let in, who is missed, and how all end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch.distributed as dist
+
+from launch.agent import Incomplete
+from launch.cluster import Cluster
+from launch.control import Hello, Link, Order, Status
+from launch.failure import Failure
+from launch.outcome import Outcome
+from parallel.errors import ConfigError
+from trainer.config import RunConfig
+
+PATIENCE_SECONDS = 30.0
+ASKED = {"optim.lr": 0.001, "train.steps": 5}
+CODE = {"host": "h0", "torch": "2.13.0", "muster code": "abc"}
+
+
+def hello(host: str, node_rank: int | None = None, **changes: object) -> Hello:
+    values = {"num_workers": 2, "device": "cpu", "fingerprint": {**CODE, "host": host}, "asked": ASKED}
+    return Hello(host, node_rank, **{**values, **changes})  # type: ignore[arg-type]
+
+
+class Nodes:
+    """A cluster, and links of other nodes in this process."""
+
+    def __init__(self) -> None:
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.links: list[Link] = []
+
+    def lead(self, nnodes: int, **limits: float) -> Cluster:
+        config = RunConfig()
+        config.launcher.nnodes = nnodes
+        config.launcher.join_timeout_seconds = limits.get("join", PATIENCE_SECONDS)
+        config.resilience.node_timeout_seconds = limits.get("silence", PATIENCE_SECONDS)
+        return Cluster(self.store, hello("h0", 0), config, say=lambda line: None)
+
+    def join(self, host: str, node_rank: int | None = None, **changes: object) -> Link:
+        client = dist.TCPStore("127.0.0.1", self.store.port, is_master=False, wait_for_workers=False)
+        link = Link(client, hello(host, node_rank, **changes), 2, PATIENCE_SECONDS)
+        self.links.append(link)
+        return link
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    made = Nodes()
+    yield made
+    for link in made.links:
+        link.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def next_order(link: Link) -> Order:
+    until(lambda: link.orders)
+    return link.orders.popleft()
+
+
+def ranks(cluster: Cluster) -> dict[str, int]:
+    return {member.hello.host: member.node_rank for member in cluster.members.values()}
+
+
+def test_ranks_are_those_given_and_else_in_order_of_arrival(nodes: Nodes) -> None:
+    cluster = nodes.lead(4)
+    nodes.join("given", 2)
+    cluster.poll()
+    for host in ("first", "second"):
+        nodes.join(host)
+        until(lambda: (cluster.poll(), len(cluster.members) == len(nodes.links))[1])
+    cluster.gather()
+    assert ranks(cluster) == {"given": 2, "first": 1, "second": 3}
+
+
+def test_many_nodes(nodes: Nodes) -> None:
+    cluster = nodes.lead(17)
+    for number in range(16):
+        nodes.join(f"h{number + 1}")
+    cluster.gather()
+    assert sorted(ranks(cluster).values()) == list(range(1, 17))
+    cluster.order("terminate")
+    assert all(next_order(link).do == "terminate" for link in nodes.links)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fingerprint": {**CODE, "host": "b", "torch": "2.11.0"}}, "torch is 2.11.0 on b and 2.13.0 on h0"),
+        ({"fingerprint": {**CODE, "host": "b", "muster code": "x"}}, "muster code is x on b and abc on h0"),
+        ({"asked": {**ASKED, "optim.lr": 0.1}}, "optim.lr is 0.1 there and 0.001 here"),
+        ({"num_workers": 4}, "launcher.nproc_per_node=4: on b, but 2 on h0"),
+        ({"device": "cuda"}, "device=cuda: on b, but cpu on h0"),
+        ({"node_rank": 0}, "h0 and b both call themselves node 0"),
+    ],
+)
+def test_a_node_that_is_not_alike_is_named(nodes: Nodes, changes: dict, said: str) -> None:
+    cluster = nodes.lead(2)
+    link = nodes.join("b", **changes)
+    with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
+        cluster.gather()
+    link.tell(Status(left=True))  # so that nobody waits for its answer
+    cluster.dismiss(Outcome(2, "why"))
+    order = next_order(link)
+    assert (order.do, order.code, order.message, str(link.id) in order.ranks) == ("leave", 2, "why", True)
+
+
+def test_one_node_too_many(nodes: Nodes) -> None:
+    cluster = nodes.lead(2)
+    for host in ("b", "c"):
+        nodes.join(host)
+    with pytest.raises(ConfigError, match="is one node too many: there are h0, b"):
+        until(lambda: cluster.poll())
+
+
+def test_who_does_not_come_is_told(nodes: Nodes) -> None:
+    cluster = nodes.lead(3, join=0.3)
+    nodes.join("b")
+    with pytest.raises(Incomplete, match=r"without node 2 of 3 \(here: 0 \(h0\), 1 \(b\)\)"):
+        cluster.gather()
+
+
+def test_a_silent_node_is_lost_and_another_takes_its_place(nodes: Nodes, tmp_path) -> None:
+    cluster = nodes.lead(2, silence=0.6)
+    old = nodes.join("b")
+    cluster.gather()
+    old.tell(Status(ready=True))
+    cluster.assemble(tmp_path)
+    old.close()
+    new = nodes.join("b", asked={})  # it was started when the run's config was another already
+    cluster.poll()
+    assert ranks(cluster) == {"b": 1} and list(cluster.members) == [old.id], "the old one is not lost yet"
+    until(lambda: (cluster.poll(), cluster.members[old.id].lost)[1])
+    new.tell(Status(ready=True))
+    cluster.assemble(tmp_path)
+    assert list(cluster.members) == [new.id]
+
+
+def test_a_failure_is_told_by_its_age(nodes: Nodes) -> None:
+    """The other node's clock is an hour slow."""
+    cluster = nodes.lead(2)
+    link = nodes.join("b")
+    cluster.gather()
+    failure = Failure(2, "b", "crash", "killed", -9, time.time() - 3600, True, "", "")
+    link.tell(Status(generation=0, codes=[-9, None], failure=failure, failure_age=0.5))
+    (member,) = cluster.members.values()
+    until(lambda: (cluster.poll(), member.failure is not None)[1])
+    assert member.failure is not None
+    assert abs(time.time() - 0.5 - member.failure.time) < PATIENCE_SECONDS
+    assert member.status.codes == [-9, None]
+
+
+def test_a_node_that_wants_to_stop_is_heard_while_waiting(nodes: Nodes) -> None:
+    cluster = nodes.lead(3)
+    link = nodes.join("b")
+    link.tell(Status(stopping="SIGTERM"))
+    with pytest.raises(Incomplete) as caught:
+        cluster.gather()
+    assert caught.value.stopped and cluster.asked_to_stop() == "SIGTERM on node 1 (b)"
+
+
+def test_node_0_that_dies_is_noticed(nodes: Nodes) -> None:
+    link = nodes.join("b")
+    del nodes.store
+    until(lambda: link.lost is not None)
