@@ -29,6 +29,10 @@ SMALL = [
     "run.name=e2e",
     "run.id=a",
 ]
+EP2 = ["launcher.nproc_per_node=2", "parallel.ep=2"]
+"""Two processes with half of the experts each."""
+CALM = [*EP2, "optim.schedule=constant", "train.steps=12"]
+"""The run of the ``calm`` fixture; the schedule, so that the steps do not depend on how many there are."""
 
 
 @dataclass

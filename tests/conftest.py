@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Workplace
+from tests.command import CALM, Workplace
 
 
 @pytest.fixture
@@ -15,3 +15,11 @@ def workplace(tmp_path: Path) -> Workplace:
 def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """One folder for all tests of a module."""
     return Workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """``CALM`` trained without a disturbance: what a disturbed run must end with. Only to be read."""
+    workplace = Workplace(tmp_path_factory.mktemp("calm"))
+    workplace.train(*CALM, "checkpoint.every=4")
+    return workplace

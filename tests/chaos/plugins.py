@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from tests.commands.watch import wait_until
 from trainer.callbacks import Callback
 from trainer.data.batch import Batch
 from trainer.loop import Trainer
@@ -27,11 +28,16 @@ class RecordSamples(Callback):
 
 
 class KillAt(Callback):
-    """SIGKILLs its own process once at each given (step, rank), in the middle of the step."""
+    """SIGKILLs its own process once at each given (step, rank), in the middle of the step.
 
-    def __init__(self, folder: str, at: list[list[int]]) -> None:
+    With ``every``, not before the last checkpoint due by then is committed, so that it is known where the run
+    goes on.
+    """
+
+    def __init__(self, folder: str, at: list[list[int]], every: int = 0) -> None:
         self.folder = Path(folder)
         self.at = {tuple(pair) for pair in at}
+        self.every = every
 
     def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
         step = trainer.state.step
@@ -39,6 +45,9 @@ class KillAt(Callback):
             self.folder.mkdir(exist_ok=True)
             mark = self.folder / f"killed-{step}-{trainer.rank}"
             if not mark.exists():
+                if self.every:
+                    due = step - step % self.every
+                    wait_until(lambda: trainer.checkpoints.committed(due), f"checkpoint {due}")
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -34,10 +34,9 @@ def samples_by_step(folder: Path) -> dict[int, list[list[int]]]:
     return attempts
 
 
-@pytest.mark.parametrize("layout", ["layout=mixtral", "layout=deepseek"])
-def test_three_kills_leave_the_same_bits(workplace: Workplace, layout: str) -> None:
+def test_three_kills_leave_the_same_bits(workplace: Workplace) -> None:
     common = [
-        layout,
+        "layout=deepseek",  # its router biases are state beside weights and optimizer
         "launcher.nproc_per_node=2",
         "parallel.ep=2",
         f"train.steps={STEPS}",
@@ -46,7 +45,7 @@ def test_three_kills_leave_the_same_bits(workplace: Workplace, layout: str) -> N
     ]
     workplace.train(*common, "run.id=calm")
     calm = workplace.path / "runs" / "e2e" / "calm"
-    chance = random.Random(layout)
+    chance = random.Random(0)
     kills = [[step, chance.randrange(2)] for step in sorted(chance.sample(range(1, STEPS), 3))]
     marks, seen = workplace.path / "marks", workplace.path / "seen"
     recorder = callback("RecordSamples", folder=str(seen))
@@ -102,21 +101,27 @@ def test_a_diverged_model_is_never_the_best_and_never_fails_the_run(workplace: W
     assert any("not finite" in event["message"] for event in workplace.events("alarm"))
 
 
-def test_callbacks_find_their_own_state_when_their_list_changes(workplace: Workplace) -> None:
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A run whose link to the best checkpoint was lost, and that went on with a callback more."""
+    workplace = Workplace(tmp_path_factory.mktemp("resumed"))
     counter = callback("Counter", name="n")
-    workplace.train(f"callbacks=[{counter}]", "train.steps=3")
+    workplace.train(f"callbacks=[{counter}]", "train.steps=4", "eval.every=2")
+    link = workplace.run_dir / "checkpoints" / "best"
+    link.rename(workplace.path / "was-best")
     recorder = callback("RecordSamples", folder=str(workplace.path / "seen"))
-    workplace.resume(f"callbacks=[{recorder},{counter}]", "train.steps=5")
-    assert [record["user/n"] for record in workplace.records("metrics.jsonl")] == [1, 2, 3, 4, 5]
-    (alarm,) = workplace.events("alarm")
+    workplace.resume(f"callbacks=[{recorder},{counter}]", "train.steps=5", "eval.every=0")
+    return workplace
+
+
+def test_callbacks_find_their_own_state_when_their_list_changes(resumed: Workplace) -> None:
+    assert [record["user/n"] for record in resumed.records("metrics.jsonl")] == [1, 2, 3, 4, 5]
+    (alarm,) = resumed.events("alarm")
     assert alarm["kind"] == "callbacks_changed"
     assert "RecordSamples" in alarm["message"]
 
 
-def test_best_is_named_again_if_the_run_died_before_naming_it(workplace: Workplace) -> None:
-    workplace.train("train.steps=4", "eval.every=2")
-    link = workplace.run_dir / "checkpoints" / "best"
-    named = link.resolve().name
-    link.unlink()
-    workplace.resume("train.steps=5", "eval.every=0")
-    assert link.resolve().name == named
+def test_best_is_named_again_if_the_run_died_before_naming_it(resumed: Workplace) -> None:
+    link = resumed.run_dir / "checkpoints" / "best"
+    assert link.readlink() == (resumed.path / "was-best").readlink()
+    assert link.is_dir()

@@ -7,25 +7,16 @@ import subprocess
 
 import pytest
 
-from tests.command import MUSTER, SMALL, Workplace
+from tests.command import CALM, MUSTER, SMALL, Workplace
 from tests.commands.plugins import entry
-from tests.commands.watch import EP2, assert_nothing_left, checkpoints_of, digest_of_checkpoint
+from tests.commands.watch import assert_nothing_left, checkpoints_of, digest_of_checkpoint
 
-RUN = [*EP2, "train.steps=18"]
-STOP_AT = 12
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """The same run, never disturbed."""
-    workplace = Workplace(tmp_path_factory.mktemp("calm"))
-    workplace.train(*RUN, f"checkpoint.every={STOP_AT}")
-    return workplace
+STOP_AT = 8
 
 
 def train_with(workplace: Workplace, callback: str, *overrides: str) -> tuple[int, str]:
     """Exit code and output of a `muster train` in a session of its own, as on a terminal."""
-    command = ["setsid", MUSTER, "train", *SMALL, f"data.path={workplace.path / 'corpus'}", *RUN, *overrides]
+    command = ["setsid", MUSTER, "train", *SMALL, f"data.path={workplace.path / 'corpus'}", *CALM, *overrides]
     process: subprocess.Popen[str] = workplace.start(*command, f"callbacks=[{callback}]")
     output, _ = process.communicate(timeout=300)
     assert "Traceback" not in output, output
@@ -46,25 +37,25 @@ def test_a_stop_saves_and_leaves_a_resumable_run(
     code, output = train_with(workplace, signal_agent(workplace, number), "checkpoint.every=0")
     assert code == 75, output
     assert f"{number.name}: saving, then stopping" in output
-    assert "Stopped and saved. Go on from step 12:" in output
+    assert f"Stopped and saved. Go on from step {STOP_AT}:" in output
     assert f"muster resume {workplace.run_dir}" in output
-    assert checkpoints_of(workplace.run_dir) == ["step-00000012"]
-    assert digest_of_checkpoint(workplace.run_dir, 12) == digest_of_checkpoint(calm.run_dir, 12)
-    assert workplace.events("stop")[-1]["step"] == 12
+    assert checkpoints_of(workplace.run_dir) == [f"step-{STOP_AT:08d}"]
+    assert digest_of_checkpoint(workplace.run_dir, STOP_AT) == digest_of_checkpoint(calm.run_dir, STOP_AT)
+    assert workplace.events("stop")[-1]["step"] == STOP_AT
     if number == signal.SIGINT:
         workplace.resume()
         assert workplace.digest() == calm.digest()
         assert workplace.losses() == calm.losses()
-        assert [event["step"] for event in workplace.events("resume")] == [12]
+        assert [event["step"] for event in workplace.events("resume")] == [STOP_AT]
 
 
 def test_the_second_interrupt_does_not_wait(workplace: Workplace) -> None:
     callback = signal_agent(workplace, signal.SIGINT, again=True)
-    code, output = train_with(workplace, callback, "checkpoint.every=5")
+    code, output = train_with(workplace, callback, "checkpoint.every=3")
     assert code == 75, output
     assert "Stopping at once." in output
-    assert "Stopped without saving. Go on from step 10:" in output
-    assert checkpoints_of(workplace.run_dir) == ["step-00000005", "step-00000010"]
+    assert "Stopped without saving. Go on from step 6:" in output
+    assert checkpoints_of(workplace.run_dir) == ["step-00000003", "step-00000006"]
 
 
 def test_killing_the_agent_leaves_no_worker_and_no_lock(workplace: Workplace, calm: Workplace) -> None:

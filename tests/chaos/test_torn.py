@@ -1,4 +1,4 @@
-"""A damaged newest checkpoint is named and passed over, and the run still ends with the same weights."""
+"""Damaged checkpoints are named and passed over, and the run still ends with the same weights."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Workplace
-from tests.commands.watch import EP2, assert_one_error, checkpoints_of
+from tests.command import CALM, Workplace
+from tests.commands.watch import assert_one_error, checkpoints_of
 
 LONGER = "train.steps=12"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A run with checkpoints at steps 3, 6 and 9, and in ``calm`` a copy that went on to its end."""
+    """The calm run up to step 9, with checkpoints at steps 3, 6 and 9."""
     workplace = Workplace(tmp_path_factory.mktemp("torn"))
-    constant = "optim.schedule=constant"  # so that the length of the run is not part of its first steps
-    workplace.train(*EP2, constant, "train.steps=9", "checkpoint.every=3", "checkpoint.keep_last=3")
-    copy(workplace, "calm")
-    workplace.resume(LONGER, run_dir=workplace.run_dir.parent / "calm")
+    workplace.train(*CALM, "train.steps=9", "checkpoint.every=3", "checkpoint.keep_last=3")
     return workplace
 
 
@@ -49,26 +46,26 @@ def zero_a_hole(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "file"),
+    "damages",
     [
-        (truncate, "manifest.json"),
-        (flip_one_bit, "shard-00001.safetensors"),
-        (zero_a_hole, "shard-00000.safetensors"),
-        (Path.unlink, "shard-00000.safetensors"),
+        {9: (truncate, "manifest.json"), 6: (flip_one_bit, "shard-00001.safetensors")},
+        {9: (zero_a_hole, "shard-00000.safetensors"), 6: (Path.unlink, "shard-00000.safetensors")},
     ],
-    ids=lambda value: getattr(value, "__name__", value),
+    ids=["truncated, flipped", "zeroed, missing"],
 )
 def test_damage_is_named_and_the_checkpoint_before_is_used(
-    trained: Workplace, damage: Callable[[Path], None], file: str
+    trained: Workplace, calm: Workplace, damages: dict[int, tuple[Callable[[Path], None], str]]
 ) -> None:
-    run_dir = copy(trained, f"{getattr(damage, '__name__', 'damage')}-{file}")
-    damage(run_dir / "checkpoints" / "step-00000009" / file)
+    run_dir = copy(trained, damages[9][0].__name__)
+    files = {f"step-{step:08d}/{file}": damage for step, (damage, file) in damages.items()}
+    for file, damage in files.items():
+        damage(run_dir / "checkpoints" / file)
     output = trained.resume(LONGER, run_dir=run_dir)
-    assert_one_error(output, "alarm", "skipped a damaged checkpoint", f"step-00000009/{file}")
-    assert [event["step"] for event in trained.events("resume", run_dir)] == [6]
-    calm = run_dir.parent / "calm"
-    assert trained.digest(run_dir) == trained.digest(calm)
-    assert trained.losses(run_dir) == trained.losses(calm)
+    for file in files:
+        assert_one_error(output, "alarm", "skipped a damaged checkpoint", file)
+    assert [event["step"] for event in trained.events("resume", run_dir)] == [3]
+    assert trained.digest(run_dir) == calm.digest()
+    assert trained.losses(run_dir) == calm.losses()
 
 
 def test_without_a_valid_one_nothing_is_trained_and_nothing_deleted(trained: Workplace) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import MUSTER, SMALL, Workplace
-from tests.commands.watch import EP2, assert_nothing_left, assert_one_error
+from tests.command import EP2, MUSTER, SMALL, Workplace
+from tests.commands.watch import assert_nothing_left, assert_one_error
 
 THREE = "launcher.nproc_per_node=3"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
-from tests.command import Workplace
+from tests.command import EP2, Workplace
 from tests.commands.plugins import entry
-from tests.commands.watch import EP2
 
 RUN = ["train.steps=12", "checkpoint.every=4"]
+BF16 = ["train.dtype=bf16", "optim.lr=1e-2", "optim.warmup_steps=2"]
+"""Fast enough that 12 steps show that it learns."""
 
 
 def texts() -> list[str]:
@@ -28,21 +28,28 @@ def texts() -> list[str]:
 def killer(workplace: Workplace, at: list[list[int]]) -> str:
     """The override that kills ranks at (step, rank)."""
     marks = str(workplace.path / "marks")
-    return f"callbacks=[{entry('tests.chaos.plugins:KillAt', folder=marks, at=at)}]"
+    return f"callbacks=[{entry('tests.chaos.plugins:KillAt', folder=marks, at=at, every=4)}]"
 
 
-def test_the_same_documents_as_jsonl_and_as_parquet(workplace: Workplace) -> None:
+def check_killed(workplace: Workplace, resumed_from: list[int]) -> None:
+    """The run was killed and learned; the run ``calm``, which was not, has the same bits."""
+    calm = workplace.run_dir.parent / "calm"
+    losses = workplace.losses(calm)
+    assert losses[12] < losses[1] - 0.5
+    assert len(workplace.events("failure")) == len(resumed_from)
+    assert [event["step"] for event in workplace.events("resume")] == resumed_from
+    assert workplace.digest() == workplace.digest(calm)
+    assert workplace.losses() == losses
+
+
+def test_the_same_documents_as_jsonl_and_as_parquet_in_bf16_on_two_ranks(workplace: Workplace) -> None:
     lines, table = workplace.path / "texts.jsonl", workplace.path / "texts.parquet"
     lines.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts()))
     pq.write_table(pa.table({"content": texts()}), table)
-    common = [*EP2, *RUN, "data.text_field=content"]
+    common = [*EP2, *RUN, *BF16, "data.text_field=content"]
     workplace.train(*common, "data=jsonl", f"data.path={lines}", "run.id=calm")
-    kill = killer(workplace, [[6, 0]])
-    workplace.train(*common, "data=parquet", f"data.path={table}", kill)
-    calm = workplace.run_dir.parent / "calm"
-    assert len(workplace.events("failure")) == 1
-    assert workplace.digest() == workplace.digest(calm)
-    assert workplace.losses() == workplace.losses(calm)
+    workplace.train(*common, "data=parquet", f"data.path={table}", killer(workplace, [[6, 0]]))
+    check_killed(workplace, [4])
 
 
 def test_a_streamed_dataset_goes_on_where_it_was(workplace: Workplace) -> None:
@@ -61,14 +68,7 @@ def test_a_streamed_dataset_goes_on_where_it_was(workplace: Workplace) -> None:
     assert workplace.losses() == workplace.losses(calm)
 
 
-@pytest.mark.parametrize("world", [["launcher.nproc_per_node=1"], EP2], ids=["1 rank", "2 ranks"])
-def test_bf16_learns_and_a_kill_changes_no_bit(workplace: Workplace, world: list[str]) -> None:
-    fast = ["train.dtype=bf16", "optim.lr=1e-2", "optim.warmup_steps=2"]
-    workplace.train(*world, *RUN, *fast, "run.id=calm")
-    workplace.train(*world, *RUN, *fast, killer(workplace, [[9, 0]]))
-    calm = workplace.run_dir.parent / "calm"
-    losses = workplace.losses(calm)
-    assert losses[12] < losses[1] - 0.5
-    assert [event["step"] for event in workplace.events("resume")] == [8]
-    assert workplace.digest() == workplace.digest(calm)
-    assert workplace.losses() == losses
+def test_bf16_learns_and_a_kill_changes_no_bit_on_one_rank(workplace: Workplace) -> None:
+    workplace.train(*RUN, *BF16, "run.id=calm")
+    workplace.train(*RUN, *BF16, killer(workplace, [[9, 0]]))
+    check_killed(workplace, [8])

@@ -7,26 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Workplace
-from tests.commands.watch import EP2, assert_one_error, checkpoints_of, digest_of_checkpoint
+from tests.command import CALM, Workplace
+from tests.commands.watch import assert_one_error, checkpoints_of, digest_of_checkpoint
 from trainer.checkpoint.resume import open_checkpoint
 
-CONSTANT = "optim.schedule=constant"
-"""So that train.steps does not change the first steps."""
 HALF, WHOLE = "train.steps=6", "train.steps=12"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """``a`` trained for 6 steps on two ranks, ``whole`` for 12 without a stop."""
+    """The first 6 of the calm run's 12 steps."""
     workplace = Workplace(tmp_path_factory.mktemp("resume"))
-    workplace.train(*EP2, CONSTANT, WHOLE, "run.id=whole")
-    workplace.train(*EP2, CONSTANT, HALF, "checkpoint.every=3")
+    workplace.train(*CALM, HALF, "checkpoint.every=3")
     return workplace
-
-
-def whole(workplace: Workplace) -> Path:
-    return workplace.run_dir.parent / "whole"
 
 
 def copy(workplace: Workplace, name: str) -> Path:
@@ -36,24 +29,24 @@ def copy(workplace: Workplace, name: str) -> Path:
     return target
 
 
-def test_longer_ends_as_if_never_stopped(trained: Workplace) -> None:
+def test_longer_ends_as_if_never_stopped(trained: Workplace, calm: Workplace) -> None:
     run_dir = copy(trained, "longer")
     trained.resume(WHOLE, run_dir=run_dir)
-    assert trained.digest(run_dir) == trained.digest(whole(trained))
-    assert trained.losses(run_dir) == trained.losses(whole(trained))
+    assert trained.digest(run_dir) == calm.digest()
+    assert trained.losses(run_dir) == calm.losses()
     assert len(list((run_dir / "configs").glob("0*.yaml"))) == 2, "each a numbered generation of the config"
     output = trained.resume(run_dir=run_dir)
     assert "This run is finished: its checkpoint is at step 12" in output
 
 
-def test_other_ranks_and_back_compute_the_same(trained: Workplace) -> None:
+def test_other_ranks_and_back_compute_the_same(trained: Workplace, calm: Workplace) -> None:
     run_dir = copy(trained, "elsewhere")
     trained.resume("launcher.nproc_per_node=1", "parallel.ep=1", "train.steps=9", run_dir=run_dir)
     trained.resume("launcher.nproc_per_node=2", "parallel.ep=2", WHOLE, run_dir=run_dir)
     starts = trained.events("start", run_dir)
     assert [start["world_size"] for start in starts] == [2, 1, 2]
     assert [event["step"] for event in trained.events("resume", run_dir)] == [6, 9]
-    assert trained.losses(run_dir) == pytest.approx(trained.losses(whole(trained)), rel=1e-5)
+    assert trained.losses(run_dir) == pytest.approx(calm.losses(), rel=1e-5)
 
 
 def test_a_branch_leaves_the_old_run_alone(trained: Workplace) -> None:
@@ -67,10 +60,10 @@ def test_a_branch_leaves_the_old_run_alone(trained: Workplace) -> None:
     assert after == before
 
 
-def test_a_new_run_goes_on_from_another(trained: Workplace) -> None:
+def test_a_new_run_goes_on_from_another(trained: Workplace, calm: Workplace) -> None:
     load = f"checkpoint.load_from={trained.run_dir}"
-    trained.train(*EP2, CONSTANT, WHOLE, load, "run.id=loaded")
-    assert trained.digest(trained.run_dir.parent / "loaded") == trained.digest(whole(trained))
+    trained.train(*CALM, load, "run.id=loaded")
+    assert trained.digest(trained.run_dir.parent / "loaded") == calm.digest()
 
 
 def test_weights_alone_begin_a_run_on_other_data(trained: Workplace) -> None:

@@ -15,9 +15,6 @@ from tests.command import Workplace
 
 PATIENCE_SECONDS = 120.0
 
-EP2 = ["launcher.nproc_per_node=2", "parallel.ep=2"]
-"""Two processes with half of the experts each."""
-
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
     """Poll a condition until it holds."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing as mp
+import sys
 import tempfile
 import threading
 import traceback
@@ -31,6 +32,7 @@ def _serve(rank: int, connection: Connection, store_path: str) -> None:
     assert parent is not None and parent.pid is not None
     die_with_parent(parent.pid)
     torch.set_num_threads(1)
+    num_modules = 0
     while True:
         call, world, connect, module, name, args = connection.recv()
         result: Any = None
@@ -51,7 +53,9 @@ def _serve(rank: int, connection: Connection, store_path: str) -> None:
             dist.destroy_process_group()
         function = None
         gc.collect()  # models hold their groups in cycles, and each group of gloo runs three threads
-        gc.freeze()  # what is left are modules: the next collection need not go through all of torch again
+        if len(sys.modules) > num_modules:
+            gc.freeze()  # modules stay: the next collection need not go through all of torch again
+            num_modules = len(sys.modules)
         connection.send((fine, result, len(list(Path("/proc/self/task").iterdir()))))
 
 

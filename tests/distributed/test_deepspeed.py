@@ -35,12 +35,21 @@ def engine(stage: int | None, world: int, ep: int, *more: str) -> list[str]:
     return [*chosen, f"launcher.nproc_per_node={world}", f"parallel.ep={ep}", *more]
 
 
-MESHES = {
-    "dense": [(2, 1), (4, 1)],
-    "mixtral": [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)],
-    "deepseek": [(2, 2), (4, 2)],
+# (layout, world, ep) → stages. All of them where experts are both spread and repeated; elsewhere those that the
+# tests below, which compare as much, do not have there.
+COVERING = {
+    ("dense", 2, 1): (0, 2),
+    ("dense", 4, 1): (1, 3),
+    ("mixtral", 1, 1): (0, 3),
+    ("mixtral", 2, 1): (1,),
+    ("mixtral", 2, 2): (2,),
+    ("mixtral", 4, 1): (0, 2),
+    ("mixtral", 4, 2): STAGES,
+    ("mixtral", 4, 4): (1, 3),
+    ("deepseek", 2, 2): (1,),
+    ("deepseek", 4, 2): (0, 2),
 }
-GRID = [(layout, world, ep, stage) for layout in MESHES for world, ep in MESHES[layout] for stage in STAGES]
+GRID = [(*mesh, stage) for mesh, stages in COVERING.items() for stage in stages]
 
 
 @pytest.mark.parametrize(("layout", "world", "ep", "stage"), GRID)

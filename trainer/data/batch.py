@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["IGNORED", "Batch", "make_batch", "row_targets"]
 
@@ -60,6 +63,8 @@ def row_targets(rows: np.ndarray, eos: int, respect_documents: bool) -> np.ndarr
 
 def make_batch(rows: np.ndarray, sample_ids: np.ndarray, eos: int, respect_documents: bool) -> Batch:
     """A batch of rows [B, S+1]. A negative sample id marks padding: all its targets are ignored."""
+    import torch  # here, so that data can be prepared, and its mistakes told, without it
+
     tokens = rows[:, :-1].astype(np.int64)
     targets = row_targets(rows, eos, respect_documents)
     targets[sample_ids < 0] = IGNORED
