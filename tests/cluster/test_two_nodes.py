@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 from tests.chaos.plugins import KillAt
@@ -116,14 +115,12 @@ def test_no_agent_outlives_the_command_that_started_it(
 
 def refused(process: subprocess.Popen[str], *parts: str) -> None:
     """A command that ends with one clear error."""
-    began = time.monotonic()
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 2, f"exit code {process.returncode}:\n{output}"
     lines = [
         line for line in output.splitlines() if all(part in line for part in parts) and "[node-b]" not in line
     ]
     assert len(lines) == 1 and "Traceback" not in output, f"{parts} in one line of:\n{output}"
-    assert time.monotonic() - began < 60.0
 
 
 class TestWhatIsWrong:
