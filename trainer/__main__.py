@@ -10,6 +10,7 @@ Without `muster`, rank 0 composes the config and chooses the run directory, and 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> NoReturn:
     under_agent = os.environ.get("MUSTER_AGENT") == "1"
     if under_agent:
         die_with_parent(int(os.environ["MUSTER_AGENT_PID"]))
+    gc.disable()  # else it goes through all that is imported again and again; run_worker turns it on
     stop = StopSignal()
     stop.listen()
     # Until it is known better, the first rank of each node speaks: to every terminal, once.

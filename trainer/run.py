@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -98,6 +99,9 @@ def run_worker(config: RunConfig, run_dir: Path, place: Place, stop: StopSignal)
     dims = parallel_dims(config)
     meshes = build_meshes(dims, device.type)
     trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
+    if not gc.isenabled():  # trainer/__main__.py: for the imports
+        gc.freeze()  # modules stay: no later collection need go through them
+        gc.enable()
     try:
         return trainer.train()
     finally:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from dataclasses import replace
 
 import torch
@@ -95,7 +96,10 @@ class AccelerateEngine(NativeEngine):
             prepared = self.accelerator.prepare_model(model)
             if isinstance(prepared, DistributedDataParallel):
                 self._ddp = prepared
-                prepared.register_comm_hook(None, lambda _, bucket: self._sum_bucket(bucket))
+                # Weakly: DDP holds its hook where Python's collector does not look, and would keep us for ever.
+                prepared.register_comm_hook(
+                    weakref.ref(self), lambda engine, bucket: engine()._sum_bucket(bucket)
+                )
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         for name, parameter in self._masters.items():
             whole = not isinstance(parameter, DTensor)

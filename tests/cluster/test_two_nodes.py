@@ -46,7 +46,8 @@ def assert_same(workplace: Workplace, calm: Workplace) -> None:
 def test_a_killed_rank_of_the_other_node_comes_back(
     workplace: Workplace, nodes: list[Host], calm: Workplace
 ) -> None:
-    killer = entry(f"{KillAt.__module__}:KillAt", folder=str(workplace.path / "marks"), at=[[6, 1], [10, 0]])
+    marks = str(workplace.path / "marks")
+    killer = entry(f"{KillAt.__module__}:KillAt", folder=marks, at=[[6, 1], [10, 0]], every=4)
     finish(*(train_on(workplace, host, f"callbacks=[{killer}]") for host in nodes))
     failures = [(e["rank"], e["host"], e["cause"]) for e in workplace.events("failure")]
     assert failures == [(1, "node-b", "killed by SIGKILL"), (0, "node-a", "killed by SIGKILL")]

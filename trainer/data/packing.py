@@ -88,10 +88,9 @@ class Rows:
             column = stream.read_all().column(_COLUMN)
         if column.type.list_size != width:
             raise ValueError(f"{path}: rows of {column.type.list_size} tokens, expected {width}")
-        # Zero-copy views of the mapping; Rows keeps them, and so the mapping, alive.
-        self._chunks = [
-            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, width) for chunk in column.chunks
-        ]
+        # Zero-copy views of the mapping; Rows keeps them, and so the mapping, alive. Not to_numpy(), which
+        # would import pandas where it is installed.
+        self._chunks = [np.from_dlpack(chunk.flatten()).reshape(-1, width) for chunk in column.chunks]
         self._ends = np.cumsum([len(chunk) for chunk in self._chunks], dtype=np.int64)
         self._width = width
 
