@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from launch.outcome import EXIT_CONFIG, EXIT_STOPPED, Outcome
+from launch.output import forgive_closed_output
 from parallel.errors import ConfigError
 
 HELP = """\
@@ -60,6 +61,7 @@ def main() -> int:
 
 def report(command: Callable[[], Outcome]) -> int:
     """Run a command, tell the user how it ended, and return its exit code."""
+    forgive_closed_output()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until an agent listens, they are like Ctrl-C
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
@@ -76,10 +78,7 @@ def report(command: Callable[[], Outcome]) -> int:
         outcome = Outcome(EXIT_STOPPED, "Stopped.")
     if outcome.message:
         stream = sys.stdout if outcome.code == 0 else sys.stderr
-        try:
-            print(outcome.message, file=stream, flush=True)
-        except BrokenPipeError:
-            sys.stderr.close()  # a reader like `head` has gone; nothing is left to say
+        print(outcome.message, file=stream, flush=True)
     return outcome.code
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from launch.__main__ import report
 from launch.outcome import Outcome
+from launch.ssh import HERE
 
 
 def main() -> int:
     """Do what the first line says; the exit code is that of the command."""
+    print(HERE, flush=True)
     # Unbuffered: at its end Python would wait for the lock of a buffer that the thread reads.
     leash = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115
     work = json.loads(leash.readline())

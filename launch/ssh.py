@@ -30,9 +30,8 @@ from trainer.config import LauncherConfig
 _OPTIONS = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15"]
 _FORWARDED = ("MUSTER_", "NCCL_", "GLOO_", "TORCH_", "HF_", "WANDB_", "PYTHONPATH")
 _SSH_FAILED = 255
-_NEVER_CAME = (_SSH_FAILED, 126, 127)
-"""ssh's own failure, and a shell that finds no such command."""
-_EARLY_SECONDS = 30.0
+HERE = "muster-agent-is-here"
+"""The first line that an agent prints: until then, what ends is ssh or the shell, and not the run."""
 _POLL_SECONDS = 0.1
 _AGAIN_SECONDS = 5.0
 _END_SECONDS = 15.0
@@ -115,6 +114,8 @@ def start_everywhere(launcher: LauncherConfig, payload: Payload, console: Consol
         return _Starter(remotes, console).run()
     finally:
         for remote in remotes:
+            remote.let_go()
+        for remote in remotes:
             remote.end()
 
 
@@ -135,13 +136,20 @@ def _processes(hosts: Sequence[Host], launcher: LauncherConfig) -> int:
 
 @dataclass
 class Remote:
-    """The agent of one host, through its ssh process. ``quiet``: its lines are shown without its name."""
+    """The agent of one host, through its ssh process.
+
+    Attributes:
+        quiet: its lines are shown without its name.
+        came: the agent itself has spoken, now or in an earlier attempt.
+    """
 
     host: str
     ssh_args: Sequence[str]
     payload: dict[str, Any]
     console: Console
     quiet: bool
+    process: subprocess.Popen[bytes] | None = None
+    came: bool = False
     started: float = 0.0
     lines: list[str] = field(default_factory=list)
 
@@ -163,15 +171,18 @@ class Remote:
         self._reader.start()
 
     def _write(self, line: str) -> None:
-        assert self.process.stdin is not None
+        assert self.process is not None and self.process.stdin is not None
         with suppress(OSError):  # it has ended: poll() tells
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
+        assert self.process is not None and self.process.stdout is not None
         for raw in self.process.stdout:
             line = raw.decode(errors="replace").rstrip()
+            if line == HERE:
+                self.came = True
+                continue
             self.lines = [*self.lines[-9:], line]
             self.console.print(
                 line if self.quiet else f"[{self.host}] {line}", markup=False, highlight=False, soft_wrap=True
@@ -179,6 +190,7 @@ class Remote:
 
     def code(self) -> int | None:
         """Its exit code, None while it lives."""
+        assert self.process is not None
         code = self.process.poll()
         if code is not None:
             self._reader.join(1.0)
@@ -188,12 +200,16 @@ class Remote:
         """Have a signal delivered there."""
         self._write(name)
 
+    def let_go(self) -> None:
+        """End its input: the agent saves and leaves, if it has not yet."""
+        if self.process is not None and self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+
     def end(self) -> None:
-        """Let go of the leash and see it end."""
-        with suppress(OSError, AttributeError):
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-        with suppress(AttributeError):
+        """Let go, and see it end."""
+        self.let_go()
+        if self.process is not None:
             try:
                 self.process.wait(_END_SECONDS)
             except subprocess.TimeoutExpired:
@@ -219,7 +235,7 @@ class _Starter:
                         self._judge(remote, int(code or 0))
                 time.sleep(_POLL_SECONDS)
             code = int(head.code() or 0)
-            if code in _NEVER_CAME and time.monotonic() - head.started < _EARLY_SECONDS:
+            if not head.came:
                 raise _unreachable(head, code)
             if code == _SSH_FAILED or code < 0:
                 where = f"the connection to node 0 ({head.host}) was lost: {_last(head)}"
@@ -237,9 +253,8 @@ class _Starter:
                 remote.signal("SIGINT")
 
     def _judge(self, remote: Remote, code: int) -> None:
-        """A node's command has ended before node 0's: wrong from the start, or lost and to be started again."""
-        early = time.monotonic() - remote.started < _EARLY_SECONDS
-        if code in _NEVER_CAME and early and not remote.payload.get("again"):
+        """A node's command has ended before node 0's: it never was there, or is lost and to be started again."""
+        if not remote.came:
             raise _unreachable(remote, code)
         if code in (EXIT_CONFIG, EXIT_STOPPED) or self._stop.cause is not None:
             return  # node 0 knows, and is about to end
@@ -247,7 +262,6 @@ class _Starter:
             self._console.print(
                 f"[{remote.host}] ended with code {code}; starting it again", markup=False, soft_wrap=True
             )
-            remote.payload["again"] = True
             remote.end()
             remote.start()
 

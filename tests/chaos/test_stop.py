@@ -68,3 +68,14 @@ def test_killing_the_agent_leaves_no_worker_and_no_lock(workplace: Workplace, ca
     offline_runs = [path.name for path in (workplace.run_dir / "wandb").glob("offline-run-*")]
     assert len(offline_runs) == 2
     assert len({name.split("-", 3)[3] for name in offline_runs}) == 1, "the same W&B run, by its id"
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(workplace: Workplace) -> None:
+    """As `| head -1`, or a terminal that is closed under nohup."""
+    data = f"data.path={workplace.path / 'corpus'}"
+    process = workplace.start(MUSTER, "train", *SMALL, data, "train.steps=4")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=200) == 0
+    assert workplace.digest()

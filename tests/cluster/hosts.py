@@ -44,9 +44,12 @@ class Host:
         inside = ["sh", "-c", 'hostname "$0" && exec "$@"', self.name, *argv]
         return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", *inside]
 
-    def link(self, state: str) -> None:
-        """Plug the network cable in (``up``) or out (``down``)."""
-        _ip("-n", self.namespace, "link", "set", "eth0", state)
+    def processes(self) -> list[int]:
+        """The ids of the processes that run there."""
+        done = subprocess.run(
+            ["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=True
+        )
+        return [int(pid) for pid in done.stdout.split()]
 
 
 @contextmanager

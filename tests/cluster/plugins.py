@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -19,15 +20,18 @@ class Hold(Callback):
     Args:
         limited: let the job reach its time limit here. Slurm looks at limits twice a minute, so a job that had a
             short one from the beginning could be signalled before its agents are there.
+        forever: never leave the step.
     """
 
-    def __init__(self, step: int, mark: str, limited: bool = False) -> None:
-        self.at, self.mark, self.limited = step, Path(mark), limited
+    def __init__(self, step: int, mark: str, limited: bool = False, forever: bool = False) -> None:
+        self.at, self.mark, self.limited, self.forever = step, Path(mark), limited, forever
 
     def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
         if trainer.rank or trainer.state.step != self.at or self.mark.exists():
             return
         self.mark.touch()
+        while self.forever:
+            signal.pause()
         if self.limited:
             set_time_limit(minutes_run() + 2)
         wait_until(trainer.stepper.wants_stop, "the agent's request to stop")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
+
+import psutil
 
 from tests.chaos.plugins import KillAt
 from tests.cluster.conftest import RUN
@@ -99,6 +103,23 @@ def test_one_command_starts_all_nodes_and_resumes_them(
     resume = [MUSTER, "resume", str(workplace.run_dir), "train.steps=12"]
     finish(workplace.start(*nodes[0].command(*resume)))
     assert [event["step"] for event in workplace.events("resume")] == [6]
+    assert_same(workplace, calm)
+
+
+def test_an_agent_that_dies_is_started_again(
+    workplace: Workplace, nodes: list[Host], ssh_config: Path, calm: Workplace
+) -> None:
+    file = hostfile(workplace, "node-a slots=1", "node-b slots=1")
+    more = [*held(workplace, step=6, forever=True), "resilience.node_timeout_seconds=5"]
+    process = start_over_ssh(workplace, nodes[0], ssh_config, file, *more)
+    wait_until((workplace.path / "held").exists, "the middle of the run")
+    (agent,) = (pid for pid in nodes[1].processes() if "launch.remote" in psutil.Process(pid).cmdline())
+    os.kill(agent, signal.SIGKILL)
+    (output,) = finish(process)
+    assert "[node-b] ended with code 255; starting it again" in output
+    assert [(event["kind"], event["host"]) for event in workplace.events("failure")] == [
+        ("node-lost", "node-b")
+    ]
     assert_same(workplace, calm)
 
 
