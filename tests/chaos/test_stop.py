@@ -70,12 +70,14 @@ def test_killing_the_agent_leaves_no_worker_and_no_lock(workplace: Workplace, ca
     assert len({name.split("-", 3)[3] for name in offline_runs}) == 1, "the same W&B run, by its id"
 
 
-def test_a_reader_that_leaves_does_not_end_the_run(workplace: Workplace) -> None:
-    """As `| head -1`, or a terminal that is closed under nohup."""
+def test_a_stop_saves_when_nobody_reads_what_is_said(workplace: Workplace) -> None:
+    """As when a terminal is closed, or the connection that carries the output is lost."""
+    overrides = [*CALM, "checkpoint.every=0", "logger.terminal=off"]
+    overrides.append(f"callbacks=[{signal_agent(workplace, signal.SIGTERM)}]")
     data = f"data.path={workplace.path / 'corpus'}"
-    process = workplace.start(MUSTER, "train", *SMALL, data, "train.steps=4")
+    process = workplace.start("setsid", MUSTER, "train", *SMALL, data, *overrides)
     assert process.stdout is not None
-    process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=200) == 0
-    assert workplace.digest()
+    assert process.wait(timeout=200) == 75
+    assert checkpoints_of(workplace.run_dir) == [f"step-{STOP_AT:08d}"]
+    assert_nothing_left(workplace)
