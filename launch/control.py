@@ -136,6 +136,7 @@ class Order:
         ranks: agent id → node rank, of those who are meant.
         run_dir, token: for ``prepare``: the directory, and what its token file holds.
         generation: for ``start`` and ``kill``.
+        check_exchanges: for ``start``: the workers compare each exchange with their peers.
         code, message: for ``leave``: how the command ends.
     """
 

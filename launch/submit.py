@@ -89,13 +89,12 @@ def _slurm(asked: RunConfig, options: argparse.Namespace, console: Console) -> O
         fill_vocabulary(config)
     if options.dry_run:
         config.run.id = config.run.id or choose_id()
-        run_dir = Path(config.run.root, config.run.name, config.run.id)
-        return Outcome(0, slurm.batch_script(config, run_dir).rstrip())
+        return Outcome(0, slurm.batch_script(config, RunDirectory.of(config).path).rstrip())
     slurm.require_sbatch()
     proven = _prove(config, console)
     if proven.code:
         return proven
-    is_new = config.run.id is None or not Path(config.run.root, config.run.name, config.run.id).exists()
+    is_new = config.run.id is None or not RunDirectory.of(config).path.exists()
     run = RunDirectory.create(config)
     try:
         slurm.require_first(run)

@@ -28,7 +28,7 @@ from trainer.compose import compose, compose_raw, to_run_config, write_atomicall
 from trainer.config import RunConfig
 from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
-from trainer.rundir import choose_id
+from trainer.rundir import RunDirectory, choose_id
 
 Train = Callable[[RunConfig], Outcome]
 
@@ -176,7 +176,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _run_dir(config: RunConfig) -> str:
-    return str(Path(config.run.root).expanduser().absolute() / config.run.name / str(config.run.id))
+    return str(RunDirectory.of(config).path)
 
 
 def _measure(point: Point) -> None:

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -172,8 +171,17 @@ def train(asked: RunConfig) -> Outcome:
             f"muster submit launcher={asked.launcher.name} …, or launcher=local",
         )
     config = complete_config(asked)
-    if config.run.resume and _is_finished(config):
-        return Outcome(EXIT_DONE, f"This run is finished: {_directory(config)}")
+    if config.run.resume:
+        require(
+            config.run.id is not None,
+            "run.resume",
+            True,
+            "goes on with the run of an id, and run.id is not given",
+            "run.id=my-run",
+        )
+        run = RunDirectory.of(config)
+        if run.config_path.is_file() and run.is_finished(config.train.steps):
+            return Outcome(EXIT_DONE, f"This run is finished: {run.path}")
     return on_nodes(asked, config, console, lambda cluster: _train(asked, config, console, cluster))
 
 
@@ -194,19 +202,3 @@ def _train(asked: RunConfig, config: RunConfig, console: Console, cluster: Clust
     if not run.config_path.is_file() or run.config() != absolute_paths(config):
         run.freeze(config, asked)
     return run_here(run, config, console, cluster)
-
-
-def _is_finished(config: RunConfig) -> bool:
-    run = RunDirectory(_directory(config))
-    return run.config_path.is_file() and run.is_finished(config.train.steps)
-
-
-def _directory(config: RunConfig) -> Path:
-    require(
-        config.run.id is not None,
-        "run.resume",
-        True,
-        "goes on with the run of an id, and run.id is not given",
-        "run.id=my-run",
-    )
-    return Path(config.run.root, config.run.name, str(config.run.id))

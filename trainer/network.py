@@ -19,7 +19,7 @@ from parallel.errors import ConfigError
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-UNREACHABLE_SECONDS = 25.0
+UNREACHABLE_SECONDS = 20.0
 """How long a host without a name or a route is asked again: names of fresh pods take a moment."""
 _ATTEMPT_SECONDS = 5.0
 _RETRY_SECONDS = 0.2

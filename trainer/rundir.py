@@ -37,6 +37,12 @@ class RunDirectory:
         self.path = path.absolute()
 
     @classmethod
+    def of(cls, config: RunConfig) -> RunDirectory:
+        """The directory that a config with an id names; it need not exist."""
+        run = config.run
+        return cls(Path(run.root).expanduser() / run.name / str(run.id))
+
+    @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
         """Claim the directory of a new run.
 
