@@ -9,6 +9,7 @@ so that a typo is reported in milliseconds.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass, field
 from enum import Enum
@@ -50,6 +51,30 @@ class Activation(Enum):
 class Score(Enum):
     softmax = "softmax"
     sigmoid = "sigmoid"
+
+
+class RouterName(Enum):
+    top_k = "top_k"
+    hierarchical = "hierarchical"
+    sinkhorn = "sinkhorn"
+    expert_choice = "expert_choice"
+    hash = "hash"
+
+
+class DropBy(Enum):
+    position = "position"
+    score = "score"
+
+
+class BalanceScope(Enum):
+    sequence = "sequence"
+    step = "step"
+    micro = "micro"
+
+
+class BiasUpdate(Enum):
+    sign = "sign"
+    proportional = "proportional"
 
 
 class EngineName(Enum):
@@ -144,11 +169,25 @@ class ModelConfig:
 @dataclass
 class BalanceConfig:
     coefficient: float = 0.0
-    """Weight of the sequence-wise balance loss."""
+    """Weight of the balance loss."""
+    scope: BalanceScope = BalanceScope.sequence
+    """Over what the load of an expert is counted. sequence: each row; step: the whole step before; micro: the
+    rows of one forward pass on one rank, which changes with the layout (`muster verify` refuses it)."""
     router_z: float = 0.0
     """Weight of the router z-loss."""
     bias_update_rate: float = 0.0
     """Step of the auxiliary-loss-free router bias; 0: no bias."""
+    bias_update: BiasUpdate = BiasUpdate.sign
+    """sign: each expert's bias moves by the rate; proportional: by the rate times its load / mean - 1."""
+
+
+@dataclass
+class ExpertSize:
+    """Experts of one width, where a layer has experts of several (``layout.expert_sizes``)."""
+
+    num: int = 0
+    ffn_dim: int = -1
+    granularity: int = 1
 
 
 @dataclass
@@ -159,15 +198,34 @@ class LayoutConfig:
     num_experts: int = 0
     """Routed experts in a MoE layer; 0: every layer is dense."""
     top_k: int = 1
+    """Experts a token goes to; with router=expert_choice on average."""
     expert_ffn_dim: int = -1
     """Hidden width of one expert; -1: model.ffn_dim / granularity."""
     granularity: int = 1
+    expert_sizes: list[ExpertSize] = field(default_factory=list)
+    """Experts of several widths: `[{num: 8, granularity: 2}, {num: 4, ffn_dim: 512}]`, which add up to
+    num_experts. Empty: all have expert_ffn_dim."""
+    num_zero_experts: int = 0
+    """Further experts that answer nothing: a token that chooses one skips that share of the work."""
+    num_copy_experts: int = 0
+    """Further experts that answer the token itself."""
     num_shared_experts: int = 0
     """Experts that every token passes; built as one feed-forward of their summed width."""
+    shared_gate: bool = False
+    """Whether the shared experts' answer is multiplied by a learnt gate in (0, 1)."""
     first_dense_layers: int = 0
     moe_every: int = 1
     """Of the layers after the first dense ones, each n-th is MoE (the last of every n)."""
+    router: RouterName = RouterName.top_k
+    """top_k: the best scores; hierarchical: the best groups, then the best in each; sinkhorn: the best after the
+    scores of a row were balanced; expert_choice: each expert picks its tokens; hash: by the token's id."""
     score: Score = Score.softmax
+    logit_norm: float = 0.0
+    """Standard deviation that a token's router logits are normalised to; 0: they are left as they are."""
+    jitter: float = 0.0
+    """In training the router's input is multiplied by noise in [1 - jitter, 1 + jitter]."""
+    sample_second: bool = False
+    """With top_k=2, in training the second expert is used with probability min(1, 2 · its weight)."""
     renormalize: bool = True
     """Whether the k chosen scores are divided by their sum."""
     route_scale: float = 1.0
@@ -176,6 +234,8 @@ class LayoutConfig:
     """Group-limited routing: experts are chosen inside the best top_groups of num_groups."""
     capacity_factor: float | None = None
     """None: dropless. Else each expert takes ceil(factor · seq_len · top_k / num_experts) tokens a row."""
+    drop_by: DropBy = DropBy.position
+    """Who gets the places: first choices before second ones and earlier positions first, or the best scores."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     target: str | None = None
     """Your own feed-forward layer: ``package.module:callable`` (docs/extending.md)."""
@@ -520,6 +580,9 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
         c.model.vocab_size = c.data.tokenizer.vocab_size
     if c.layout.num_experts and c.layout.expert_ffn_dim == -1 and c.layout.granularity > 0:
         c.layout.expert_ffn_dim = c.model.ffn_dim // c.layout.granularity
+    for size in c.layout.expert_sizes:
+        if size.ffn_dim == -1 and size.granularity > 0:
+            size.ffn_dim = c.model.ffn_dim // size.granularity
     if c.data.virtual_shards == -1:
         c.data.virtual_shards = c.train.global_batch
     return c
@@ -548,12 +611,16 @@ def check_batch(config: RunConfig, dp: int) -> None:
 
 
 def check_ep(config: RunConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError unless the experts are dealt evenly to the ep ranks."""
-    num_experts = config.layout.num_experts
+    """Raise ConfigError unless the experts (of each size) are dealt evenly to the ep ranks."""
+    layout = config.layout
+    together = math.gcd(layout.num_experts, *(size.num for size in layout.expert_sizes))
+    each = f"layout.num_experts = {layout.num_experts}"
+    if layout.expert_sizes:
+        each = f"each num of layout.expert_sizes ({', '.join(str(size.num) for size in layout.expert_sizes)})"
     require(
-        num_experts % dims.ep == 0,
+        together % dims.ep == 0,
         "parallel.ep",
         dims.ep,
-        f"must divide layout.num_experts = {num_experts}",
-        f"parallel.ep={nearest(dims.ep, dims.legal_ep(num_experts))}",
+        f"must divide {each}",
+        f"parallel.ep={nearest(dims.ep, dims.legal_ep(together))}",
     )

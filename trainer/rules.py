@@ -12,16 +12,15 @@ from trainer.config import (
     ModelConfig,
     RunConfig,
     Schedule,
-    Score,
     Sharding,
     Source,
     check_batch,
-    check_ep,
     parallel_dims,
     require,
 )
 from trainer.ds_config import check_deepspeed
 from trainer.launchers import check_launcher
+from trainer.layout_rules import check_layout
 
 
 def validate(config: RunConfig) -> None:
@@ -42,7 +41,7 @@ def validate(config: RunConfig) -> None:
             f"layout=dense has no experts, but model={config.model.name} or an override asks for some",
             "layout=mixtral, or layout.num_experts=0",
         )
-        _check_layout(config, dims)
+        check_layout(config, dims)
     else:
         require(
             dims.ep == 1,
@@ -77,7 +76,8 @@ _POSITIVE = (
     "train.num_threads eval.max_rows logger.every data.tokenizer.vocab_size"
 ).split()
 _NOT_NEGATIVE = (
-    "layout.num_experts layout.num_shared_experts layout.first_dense_layers layout.balance.coefficient "
+    "layout.num_experts layout.num_shared_experts layout.num_zero_experts layout.num_copy_experts "
+    "layout.first_dense_layers layout.logit_norm layout.jitter layout.balance.coefficient "
     "layout.balance.router_z layout.balance.bias_update_rate optim.lr optim.weight_decay "
     "optim.max_grad_norm optim.warmup_steps optim.decay_steps eval.every eval.sample_tokens "
     "checkpoint.every checkpoint.keep_every resilience.max_restarts train.steps train.seed"
@@ -135,80 +135,6 @@ def _check_model(model: ModelConfig) -> None:
             )
         rope = model.mla.qk_rope_head_dim
         require(rope % 2 == 0, "model.mla.qk_rope_head_dim", rope, "must be even", f"{rope + 1}")
-
-
-def _check_layout(config: RunConfig, dims: ParallelDims) -> None:
-    layout = config.layout
-    num_experts = layout.num_experts
-    require(
-        1 <= layout.top_k <= num_experts,
-        "layout.top_k",
-        layout.top_k,
-        f"a token goes to between 1 and layout.num_experts = {num_experts} experts",
-        f"layout.top_k={min(max(1, layout.top_k), num_experts)}",
-    )
-    check_ep(config, dims)
-    require(
-        layout.expert_ffn_dim > 0,
-        "layout.expert_ffn_dim",
-        layout.expert_ffn_dim,
-        "must be above 0, or -1 for model.ffn_dim / layout.granularity",
-        f"layout.expert_ffn_dim={config.model.ffn_dim}",
-    )
-    require(
-        layout.num_groups >= 1 and num_experts % layout.num_groups == 0,
-        "layout.num_groups",
-        layout.num_groups,
-        f"must divide layout.num_experts = {num_experts}",
-        f"layout.num_groups={nearest(layout.num_groups, divisors(num_experts))}",
-    )
-    require(
-        1 <= layout.top_groups <= layout.num_groups,
-        "layout.top_groups",
-        layout.top_groups,
-        f"between 1 and layout.num_groups = {layout.num_groups}",
-        f"layout.top_groups={min(max(1, layout.top_groups), layout.num_groups)}",
-    )
-    chosen_from = layout.top_groups * (num_experts // layout.num_groups)
-    require(
-        layout.top_k <= chosen_from,
-        "layout.top_k",
-        layout.top_k,
-        f"the top {layout.top_groups} group(s) hold {chosen_from} experts to choose from",
-        f"layout.top_k={chosen_from}",
-    )
-    require(
-        layout.top_k > 1 or not layout.renormalize,
-        "layout.renormalize",
-        True,
-        "with layout.top_k=1 the one weight would always be 1, and the loss could not teach the router",
-        "layout.renormalize=false",
-    )
-    if layout.capacity_factor is not None:
-        require(
-            layout.capacity_factor > 0,
-            "layout.capacity_factor",
-            layout.capacity_factor,
-            "must be above 0, or null for dropless",
-            "layout.capacity_factor=1.25",
-        )
-    require(
-        layout.balance.bias_update_rate == 0 or layout.score is Score.sigmoid,
-        "layout.balance.bias_update_rate",
-        layout.balance.bias_update_rate,
-        "the auxiliary-loss-free bias is added to sigmoid scores (arXiv:2408.15664)",
-        "layout.score=sigmoid, or bias_update_rate=0 and balance.coefficient=0.01",
-    )
-    if layout.target is None and config.engine.name is EngineName.native:
-        # FSDP2 shards an expert along the model dimension and cannot pad there.
-        require(
-            config.model.dim % dims.expert_shard == 0 and layout.expert_ffn_dim % dims.expert_shard == 0,
-            "parallel.ep",
-            dims.ep,
-            f"each expert is sharded over dp_shard·cp·tp/ep = {dims.expert_shard} ranks, which must divide "
-            f"model.dim = {config.model.dim} and layout.expert_ffn_dim = {layout.expert_ffn_dim}",
-            f"parallel.ep={max(dims.legal_ep(num_experts))}",
-        )
 
 
 def _check_engine(config: RunConfig) -> None:

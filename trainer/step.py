@@ -25,8 +25,9 @@ class Totals:
     Attributes:
         num_targets: target tokens; what every mean below is divided by, once.
         cross_entropy: nats, fp64.
-        balance_L, router_z_L, entropy_L: as :class:`trainer.moe.balance.MoeStats`, a value a MoE layer.
-        dropped_L, sent_L: int64.
+        balance_L, router_z_L, entropy_L, confidence_L: as :class:`trainer.moe.balance.MoeStats`, a value a MoE
+            layer.
+        dropped_L, unserved_L, sent_L: int64.
         counts_LE: routed pairs of each expert, int64.
     """
 
@@ -35,13 +36,18 @@ class Totals:
     balance_L: Tensor
     router_z_L: Tensor
     entropy_L: Tensor
+    confidence_L: Tensor
     dropped_L: Tensor
+    unserved_L: Tensor
     sent_L: Tensor
     counts_LE: Tensor
 
     def mean(self, total: Tensor) -> float:
         """A sum over tokens as a mean a target token (a host sync)."""
         return float(total.sum()) / max(1, self.num_targets)
+
+
+_SCALARS = ("balance", "router_z", "entropy", "confidence", "dropped", "unserved", "sent")
 
 
 class Sums:
@@ -56,8 +62,7 @@ class Sums:
         self._num_layers = len(losses.moe)
         parts = [losses.cross_entropy.detach().double().reshape(1)]
         for stats in losses.moe:
-            scalars = (stats.balance, stats.router_z, stats.entropy, stats.dropped, stats.sent)
-            parts.append(torch.stack([s.detach().double() for s in scalars]))
+            parts.append(torch.stack([getattr(stats, name).detach().double() for name in _SCALARS]))
             parts.append(stats.counts_E.double())  # exact up to 2^53 pairs
         packed = torch.cat(parts)
         self._total = packed if self._total is None else self._total + packed
@@ -67,17 +72,21 @@ class Sums:
         assert self._total is not None, "a step has at least one micro-batch"
         dist.all_reduce(self._total)
         flat = self._total[1:]
-        layers = flat.view(self._num_layers, -1) if self._num_layers else flat.view(0, 5)
-        balance, router_z, entropy, dropped, sent = layers[:, :5].unbind(1)
+        num_scalars = len(_SCALARS)
+        layers = flat.view(self._num_layers, -1) if self._num_layers else flat.view(0, num_scalars)
+        balance, router_z, entropy, confidence, *integers = layers[:, :num_scalars].unbind(1)
+        dropped, unserved, sent = (value.long() for value in integers)
         return Totals(
             num_targets=num_targets,
             cross_entropy=self._total[0],
             balance_L=balance,
             router_z_L=router_z,
             entropy_L=entropy,
-            dropped_L=dropped.long(),
-            sent_L=sent.long(),
-            counts_LE=layers[:, 5:].long(),
+            confidence_L=confidence,
+            dropped_L=dropped,
+            unserved_L=unserved,
+            sent_L=sent,
+            counts_LE=layers[:, num_scalars:].long(),
         )
 
 
@@ -164,7 +173,10 @@ class Stepper:
         """Losses of one micro-batch of this rank."""
         batch = batch.to(self.device)
         documents = batch.document_ids if self.config.data.respect_documents else None
-        found = self.engine.model(batch.tokens, batch.targets, documents)
+        layout = self.config.layout
+        noisy = self.engine.model.training and (layout.jitter > 0 or layout.sample_second)
+        noise = (batch.sample_ids,) if noisy else ()
+        found = self.engine.model(batch.tokens, batch.targets, documents, *noise)
         if isinstance(found, Losses):
             return found
         if isinstance(found, Tensor) and found.dim() == 0:  # of a model of the user's own

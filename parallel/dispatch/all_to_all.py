@@ -4,8 +4,9 @@
                                                              │ regroup by local expert
     T tokens ◀gather─ rows by global expert ◀═all-to-all═ rows by (source, local expert)
 
-Global expert e lives on ep rank ``e // E_local``, so rows sorted by expert are sorted by destination.
-Combine weights stay at home: answers are weighted where the token lives.
+Each ep rank holds E_local neighbouring experts (of each class, where experts differ in shape), so rows sorted by
+the experts' places are sorted by destination. Combine weights stay at home: answers are weighted where the token
+lives.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class AllToAllDispatcher:
         return AllToAllDispatcher(self.group, self.check, index)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        home = plan(routing.expert_TK, routing.slot_TK, routing.num_slots, routing.num_experts)
-        counts = rows_of_experts(routing).view(self.ep, -1)  # [destination, local expert]
+        place_TK = self._places(routing)
+        home = plan(routing, place_TK)
+        counts = rows_of_experts(routing, place_TK).view(self.ep, -1)  # [destination, local expert]
         num_local = counts.shape[1]
         rows = spread(x_TD, home)
         if routing.num_slots is None:
@@ -84,6 +86,17 @@ class AllToAllDispatcher:
             metadata=_Metadata(home, regroup, send_splits, recv_splits),
             num_sent=torch.full((), num_sent, dtype=torch.int64, device=rows.device),
         )
+
+    def _places(self, routing: Routing) -> Tensor:
+        """Experts by number → experts by (ep rank, class, number); "nowhere" stays E."""
+        sizes = routing.class_sizes
+        if len(sizes) < 2:
+            return routing.expert_TK
+        classes = torch.arange(routing.num_experts).split(list(sizes))
+        by_place = torch.cat([c.chunk(self.ep)[rank] for rank in range(self.ep) for c in classes])
+        place_of_expert = torch.full((routing.num_experts + 1,), routing.num_experts)
+        place_of_expert[by_place] = torch.arange(routing.num_experts)
+        return place_of_expert.to(routing.expert_TK.device)[routing.expert_TK]
 
     def combine(self, rows_ND: Tensor, routing: Routing, metadata: object) -> Tensor:
         assert isinstance(metadata, _Metadata)

@@ -23,12 +23,15 @@ class Routing:
     """What a router decided for T tokens.
 
     Attributes:
-        expert_TK: chosen experts, int64.
+        expert_TK: chosen experts, int64; E where a pair goes nowhere.
         weight_TK: combine weights, fp32, with gradient.
         num_experts: E.
         slot_TK: with a capacity, the pair's place in its expert's buffer of ``num_slots`` rows, or -1
             where it is dropped; None in dropless mode.
         num_slots: rows of one expert's buffer over all packed rows of this rank; None in dropless mode.
+        partial: whether a pair may go nowhere without a capacity (it costs a host sync to leave it out).
+        class_sizes: experts of each class of equal shape, in order of their numbers; they add up to E. Every
+            ep rank holds its share of every class. Empty: all are of one class.
     """
 
     expert_TK: Tensor
@@ -36,6 +39,8 @@ class Routing:
     num_experts: int
     slot_TK: Tensor | None = None
     num_slots: int | None = None
+    partial: bool = False
+    class_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

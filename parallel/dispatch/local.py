@@ -16,10 +16,10 @@ class LocalDispatcher:
         return self
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        permutation = plan(routing.expert_TK, routing.slot_TK, routing.num_slots, routing.num_experts)
+        permutation = plan(routing, routing.expert_TK)
         return Dispatched(
             rows_ND=spread(x_TD, permutation),
-            counts_E=rows_of_experts(routing),
+            counts_E=rows_of_experts(routing, routing.expert_TK),
             metadata=permutation,
             num_sent=torch.zeros((), dtype=torch.int64, device=x_TD.device),
         )
@@ -29,10 +29,10 @@ class LocalDispatcher:
         return gather(rows_ND, routing.weight_TK, metadata)
 
 
-def rows_of_experts(routing: Routing) -> Tensor:
-    """Rows each of the E experts gets from this rank's tokens, int64 ``[E]``."""
+def rows_of_experts(routing: Routing, expert_TK: Tensor) -> Tensor:
+    """Rows each of the E experts gets from this rank's tokens, int64 ``[E]`` (see :func:`.permute.plan`)."""
     if routing.num_slots is None:
-        return count(routing.expert_TK, routing.num_experts)
+        return count(expert_TK, routing.num_experts + 1)[: routing.num_experts]
     return torch.full(
         (routing.num_experts,), routing.num_slots, dtype=torch.int64, device=routing.expert_TK.device
     )

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.dispatch.base import Routing
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -29,12 +31,19 @@ class Permutation:
     partial: bool
 
     @classmethod
-    def by_key(cls, key_TK: Tensor) -> Permutation:
-        """Rows sorted by an integer key, pairs of equal key in their order. Every pair gets a row."""
+    def by_key(cls, key_TK: Tensor, num_keys: int | None = None) -> Permutation:
+        """Rows sorted by an integer key, pairs of equal key in their order.
+
+        Every pair gets a row, or with ``num_keys`` those of smaller keys only (a host sync).
+        """
         pair_of_row = torch.argsort(key_TK.flatten(), stable=True)
         row_of_pair = torch.empty_like(pair_of_row)
         row_of_pair[pair_of_row] = torch.arange(pair_of_row.numel(), device=key_TK.device)
-        return cls(row_of_pair.view(key_TK.shape), pair_of_row, partial=False)
+        row_of_pair = row_of_pair.view(key_TK.shape)
+        if num_keys is None:
+            return cls(row_of_pair, pair_of_row, partial=False)
+        here = key_TK < num_keys
+        return cls(row_of_pair.masked_fill(~here, -1), pair_of_row[: int(here.sum())], partial=True)
 
     @classmethod
     def by_row(cls, row_of_pair_TK: Tensor, num_rows: int) -> Permutation:
@@ -122,10 +131,15 @@ def gather(rows_ND: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tens
     return _Gather.apply(rows_ND, weight_TK, permutation)
 
 
-def plan(expert_TK: Tensor, slot_TK: Tensor | None, num_slots: int | None, num_experts: int) -> Permutation:
-    """The permutation that groups pairs by expert (or puts them into the experts' fixed slots)."""
+def plan(routing: Routing, expert_TK: Tensor) -> Permutation:
+    """The permutation that groups pairs by expert (or puts them into the experts' fixed slots).
+
+    Args:
+        expert_TK: ``routing.expert_TK``, or the experts' places in an order of the dispatcher's own.
+    """
+    slot_TK, num_slots, num_experts = routing.slot_TK, routing.num_slots, routing.num_experts
     if slot_TK is None:
-        return Permutation.by_key(expert_TK)
+        return Permutation.by_key(expert_TK, num_experts if routing.partial else None)
     assert num_slots is not None
     row_TK = torch.where(slot_TK < 0, slot_TK, expert_TK * num_slots + slot_TK)
     return Permutation.by_row(row_TK, num_experts * num_slots)

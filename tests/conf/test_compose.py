@@ -87,7 +87,7 @@ MISTAKES = [
     ("~foo", "foo=: there is no such key"),
     ("~optim.lr", "~optim.lr=: a field of the schema cannot be deleted"),
     ("layot=dense", "layot=dense: there is no such key. Fix: layout=… with one of deepseek, dense,"),
-    ("layout=mixtrl", "must be one of deepseek, dense, mixtral, switch. Fix: layout=mixtral."),
+    ("layout=mixtrl", "sinkhorn, skywork, switch. Fix: layout=mixtral."),
     ("+layout=dense", "+layout=dense: the group is chosen without a +. Fix: layout=dense."),
     ("layout={top_k: 3}", "is a config group, chosen by name"),
     ("experiment=null", "experiment=null: a group is left out by deleting its choice. Fix: '~experiment'."),

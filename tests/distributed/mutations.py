@@ -163,7 +163,10 @@ def recompute_routes_anew(config: RunConfig, rank: int) -> AbstractContextManage
     def recorded(make: Callable[[], Tensor]) -> Tensor:
         first_time = []
         value = original(lambda: first_time.append(1) or make())  # type: ignore[func-returns-value]
-        return value if first_time else (value + 1) % num_experts
+        if first_time:
+            return value
+        moved = (value.expert_BSK + 1) % num_experts
+        return value._replace(expert_BSK=moved, sent_BSK=moved)
 
     return patch.object(trainer.moe.router, "recorded", recorded)
 

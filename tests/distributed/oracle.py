@@ -14,7 +14,7 @@ from torch import Tensor
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from trainer.build import build_model
-from trainer.config import RunConfig
+from trainer.config import BiasUpdate, RunConfig
 from trainer.data.batch import Batch
 from trainer.models.init import initialise
 from trainer.optim import learning_rate
@@ -69,7 +69,8 @@ def run_oracle(config: RunConfig, steps: int) -> Trace:
     for step in range(steps):
         batch = batch_of_step(config, step)
         documents = batch.document_ids if config.data.respect_documents else None
-        losses = model(batch.tokens, batch.targets, documents)
+        noisy = config.layout.jitter or config.layout.sample_second
+        losses = model(batch.tokens, batch.targets, documents, *([batch.sample_ids] if noisy else []))
         num_targets = int((batch.targets != -100).sum())
         total = losses.cross_entropy / num_targets
         for stats in losses.moe:
@@ -84,11 +85,18 @@ def run_oracle(config: RunConfig, steps: int) -> Trace:
             group["lr"] = learning_rate(o, step, config.train.steps)
         optimizer.step()
         counts = [stats.counts_E for stats in losses.moe]
-        for name, buffer in model.named_buffers():
-            if name.endswith("bias_E"):
-                layer = [n for n, _ in model.named_buffers() if n.endswith("bias_E")].index(name)
-                mean = counts[layer].double().mean()
-                buffer += weights.bias_update_rate * torch.sign(mean - counts[layer]).float()
+        for kind in ("bias_E", "load_E"):
+            buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(kind)]
+            for buffer, counts_E in zip(buffers, counts, strict=bool(buffers)):
+                if kind == "load_E":
+                    buffer.copy_(counts_E)
+                    continue
+                deviation = counts_E.double().mean() - counts_E
+                if weights.bias_update is BiasUpdate.sign:
+                    deviation = deviation.sign()
+                else:
+                    deviation = deviation / counts_E.double().mean()
+                buffer += weights.bias_update_rate * deviation.float()
         trace.losses.append(float(losses.cross_entropy.detach()) / num_targets)
         trace.counts.append([c.tolist() for c in counts])
     trace.weights = {n: t.detach().clone() for n, t in state.items()}

@@ -30,7 +30,9 @@ def model_cost(model: nn.Module, config: RunConfig) -> Cost:
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for _, module in expert_modules(model) for p in module.parameters())
     layout, m = config.layout, config.model
-    share = layout.top_k / layout.num_experts if layout.num_experts else 0.0
+    # Where experts differ, or some compute nothing, this is what an even choice among them passes.
+    choosable = layout.num_experts + layout.num_zero_experts + layout.num_copy_experts
+    share = layout.top_k / choosable if choosable else 0.0
     active = total - round(experts * (1 - share))
     embedding = 0 if m.tied_embeddings else m.vocab_size * m.dim
     head_dim = m.head_dim

@@ -16,8 +16,10 @@ from trainer.config import Dtype, ModelConfig, RunConfig
 from trainer.data.batch import IGNORED
 from trainer.models.attention import build_attention, document_mask, rotary_dim
 from trainer.models.layers import FeedForward, Linear, RMSNorm, rotary_table
-from trainer.moe.balance import MoeStats, update_bias_
+from trainer.moe.balance import MoeStats
 from trainer.moe.layer import MoeLayer
+from trainer.moe.noise import sample_keys
+from trainer.moe.positions import Positions
 from trainer.moe.router import Router
 
 
@@ -40,8 +42,8 @@ class Block(nn.Module):
     router's choice and what the all-to-all brought: those are recorded, so a token is never routed anew.
 
     Args:
-        feed_forward: ``forward(x)``, or ``forward(x, targets)`` for one that must know which positions are
-            counted in the loss. Returns ``y``, or ``(y, MoeStats)``.
+        feed_forward: ``forward(x)``, or ``forward(x, positions)`` for one that must know more of them
+            (:class:`trainer.moe.positions.Positions`). Returns ``y``, or ``(y, MoeStats)``.
     """
 
     def __init__(self, model: ModelConfig, feed_forward: nn.Module, recompute: bool) -> None:
@@ -51,21 +53,21 @@ class Block(nn.Module):
         self.attention = build_attention(model)
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps)
         self.feed_forward = feed_forward
-        self.takes_targets = not takes(feed_forward, 1)
+        self.takes_positions = not takes(feed_forward, 1)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, targets_BS: Tensor
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, positions: Positions
     ) -> tuple[Tensor, MoeStats | None]:
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(self._forward, x, table, mask, targets_BS)
-        return self._forward(x, table, mask, targets_BS)
+            return recomputed(self._forward, x, table, mask, positions)
+        return self._forward(x, table, mask, positions)
 
     def _forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, targets_BS: Tensor
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, positions: Positions
     ) -> tuple[Tensor, MoeStats | None]:
         x = x + self.attention(self.attention_norm(x), table, mask)
         normed = self.ffn_norm(x)
-        y = self.feed_forward(normed, targets_BS) if self.takes_targets else self.feed_forward(normed)
+        y = self.feed_forward(normed, positions) if self.takes_positions else self.feed_forward(normed)
         y, stats = y if isinstance(y, tuple) else (y, None)
         return x + y, stats
 
@@ -97,7 +99,7 @@ class Transformer(nn.Module):
         super().__init__()
         model = config.model
         self.config = model
-        self.bias_update_rate = config.layout.balance.bias_update_rate
+        self.seed = config.train.seed
         self.dtype = torch.bfloat16 if config.train.dtype is Dtype.bf16 else torch.float32
         make = make_feed_forward or default_feed_forward
         self.embedding = nn.Embedding(model.vocab_size, model.dim)
@@ -109,7 +111,11 @@ class Transformer(nn.Module):
         self.head = None if model.tied_embeddings else Linear(model.dim, model.vocab_size)
 
     def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_ids_BS: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        sample_ids_B: Tensor | None = None,
     ) -> Losses | Tensor:
         """Losses against targets, or without targets the logits.
 
@@ -117,6 +123,8 @@ class Transformer(nn.Module):
             tokens_BS: int64.
             targets_BS: int64, ``IGNORED`` where nothing is predicted.
             document_ids_BS: if given, no position attends beyond its own document.
+            sample_ids_B: each row's place in the order of training, int64, from which the noise of a layout
+                that has some is drawn; None: no noise.
 
         Returns:
             ``Losses``, or logits ``[B, S, vocab_size]`` in fp32.
@@ -125,9 +133,11 @@ class Transformer(nn.Module):
         mask = None if document_ids_BS is None else document_mask(document_ids_BS)
         table = rotary_table(tokens_BS.shape[1], rotary_dim(self.config), self.config.rope_theta, x.device)
         counted = torch.ones_like(tokens_BS) if targets_BS is None else targets_BS != IGNORED
+        keys = None if sample_ids_B is None else sample_keys(sample_ids_B, self.seed)
+        positions = Positions(counted.float(), tokens_BS, keys)
         moe = []
         for block in self.layers:
-            x, stats = block(x, table, mask, counted.float())
+            x, stats = block(x, table, mask, positions)
             if stats is not None:
                 moe.append(stats)
         x = self.norm(x)
@@ -146,17 +156,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def after_step(self, counts_LE: Tensor) -> None:
-        """Move the routers' biases, where they have one, by the step's loads.
+        """Let every router take in the step's loads (its bias, the load that its balance loss knows).
 
         Args:
             counts_LE: routed pairs of each expert of each MoE layer over all ranks, int64.
         """
-        if not self.bias_update_rate:
-            return
         routers = [module for module in self.modules() if isinstance(module, Router)]
-        for router, counts_E in zip(routers, counts_LE, strict=True):
-            if router.bias_E is not None:
-                update_bias_(router.bias_E, counts_E, self.bias_update_rate)
+        if any(router.learns_from_loads for router in routers):
+            for router, counts_E in zip(routers, counts_LE, strict=True):
+                router.after_step(counts_E)
 
     def init_std(self, name: str) -> float:
         """Standard deviation of a parameter's initial normal distribution (norms start as ones anyway).
@@ -165,7 +173,7 @@ class Transformer(nn.Module):
         """
         if name.endswith(".bias"):  # of a feed-forward layer that is not ours
             return 0.0
-        residual = name.endswith(("wo.weight", "w2.weight", "experts.w2"))
+        residual = name.endswith(("wo.weight", "w2.weight", ".w2"))
         return self.config.init_std * ((2 * self.config.num_layers) ** -0.5 if residual else 1.0)
 
 
@@ -179,5 +187,5 @@ def is_moe_layer(config: RunConfig, index: int) -> bool:
 def default_feed_forward(config: RunConfig, index: int, dispatcher: Dispatcher) -> nn.Module:
     """Dense or MoE, as the layout says."""
     if is_moe_layer(config, index):
-        return MoeLayer(config, dispatcher)
+        return MoeLayer(config, dispatcher, index)
     return FeedForward(config.model.dim, config.model.ffn_dim, config.model.activation)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import Activation
+from trainer.config import Activation, ExpertSize, RunConfig
 from trainer.models.layers import activate
 
 
@@ -31,6 +31,14 @@ def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
         return y_NF
     sizes = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
     return torch.cat([x @ w for x, w in zip(x_ND.split(sizes), weight_EDF.unbind(), strict=True)])
+
+
+def build_experts(config: RunConfig) -> nn.Module:
+    """The routed experts of a layer: one stack, or one a size where they differ."""
+    model, layout = config.model, config.layout
+    if layout.expert_sizes:
+        return SizedExperts(model.dim, layout.expert_sizes, model.activation)
+    return Experts(layout.num_experts, model.dim, layout.expert_ffn_dim, model.activation)
 
 
 class Experts(nn.Module):
@@ -56,3 +64,22 @@ class Experts(nn.Module):
         gate = grouped_linear(rows_ND, self.w1.to(rows_ND.dtype), ends_E)
         up = None if self.w3 is None else grouped_linear(rows_ND, self.w3.to(rows_ND.dtype), ends_E)
         return grouped_linear(activate(gate, up, self.activation), self.w2.to(rows_ND.dtype), ends_E)
+
+
+class SizedExperts(nn.Module):
+    """Experts of several widths: a stack a size, each of which expert parallelism divides.
+
+    Wide experts for what is hard and narrow ones for the rest (HMoE, arXiv:2408.10681), or for a modality that
+    needs less (ERNIE 4.5's heterogeneous experts).
+    """
+
+    def __init__(self, dim: int, sizes: list[ExpertSize], activation: Activation) -> None:
+        super().__init__()
+        self.sizes = nn.ModuleList(Experts(size.num, dim, size.ffn_dim, activation) for size in sizes)
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """As :meth:`Experts.forward`, experts in the order of the sizes. One host sync."""
+        counts = counts_E.split([next(stack.parameters()).shape[0] for stack in self.sizes])
+        num_rows = torch.stack([part.sum() for part in counts]).tolist()
+        parts = zip(self.sizes, rows_ND.split(num_rows), counts, strict=True)
+        return torch.cat([stack(rows, count) for stack, rows, count in parts])

@@ -20,7 +20,7 @@ from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from trainer.build import build_model
 from trainer.compose import load_frozen
-from trainer.config import RunConfig
+from trainer.config import BiasUpdate, RunConfig
 from trainer.data.batch import Batch
 from trainer.data.loader import build_loader
 from trainer.data.prepare import prepare_data
@@ -74,7 +74,10 @@ def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 def _forward(model: nn.Module, config: RunConfig, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
     """Sums, and the terms of the objective: each a sum over target tokens divided by their number."""
-    losses = model(batch.tokens, batch.targets, batch.document_ids if config.data.respect_documents else None)
+    layout = config.layout
+    noise = (batch.sample_ids,) if layout.jitter or layout.sample_second else ()
+    documents = batch.document_ids if config.data.respect_documents else None
+    losses = model(batch.tokens, batch.targets, documents, *noise)
     if not isinstance(losses, Losses):
         losses = Losses(losses, ())
     weights, num_targets = config.layout.balance, int(batch.num_targets)
@@ -108,10 +111,7 @@ def _step(model: nn.Module, optimizer: torch.optim.AdamW, config: RunConfig, bat
     limit = config.optim.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else float("inf"))
     optimizer.step()
-    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("bias_E")]
-    for bias, stats in zip(biases, losses.moe, strict=bool(biases)):
-        counts = stats.counts_E.double()
-        bias += config.layout.balance.bias_update_rate * torch.sign(counts.mean() - counts).float()
+    _update_buffers(model, [stats.counts_E for stats in losses.moe], config)
     num_targets = int(batch.num_targets)
     return {
         "samples": batch.sample_ids.tolist(),
@@ -122,6 +122,21 @@ def _step(model: nn.Module, optimizer: torch.optim.AdamW, config: RunConfig, bat
         "counts": [stats.counts_E.tolist() for stats in losses.moe],
         "norm": float(norm),
     }
+
+
+def _update_buffers(model: nn.Module, counts_LE: list[Tensor], config: RunConfig) -> None:
+    """The router's bias and the load that a balance loss of scope step knows, as their formulas say."""
+    balance = config.layout.balance
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("bias_E")]
+    for bias, counts_E in zip(biases, counts_LE, strict=bool(biases)):
+        deviation = counts_E.double().mean() - counts_E.double()
+        if balance.bias_update is BiasUpdate.sign:
+            bias += balance.bias_update_rate * deviation.sign().float()
+        else:
+            bias += balance.bias_update_rate * (deviation / counts_E.double().mean()).float()
+    loads = [buffer for name, buffer in model.named_buffers() if name.endswith("load_E")]
+    for load, counts_E in zip(loads, counts_LE, strict=bool(loads)):
+        load.copy_(counts_E)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Making a config small enough to prove in seconds without losing what can go wrong in it.
 
-Kept as asked: top-k, scores, shared experts, groups, capacity factor, tied weights, norms, attention kind,
+Kept as asked: router, top-k, scores, shared experts, groups, capacity factor, tied weights, norms, attention kind,
 engine and its settings, whether gradients are accumulated, whether blocks are recomputed, targets of the
 user's own. Every parallel degree above 1 stays at least 2. What is changed is listed in the certificate.
 """
@@ -16,6 +16,7 @@ from trainer.config import (
     CallbackConfig,
     Device,
     Dtype,
+    RouterName,
     RunConfig,
     Schedule,
     Source,
@@ -112,15 +113,26 @@ def _shrink_experts(c: RunConfig) -> None:
     if not layout.num_experts:
         return
     groups = layout.num_groups if layout.num_groups <= 4 else 4
-    layout.top_groups = max(1, layout.top_groups * groups // layout.num_groups)
-    layout.num_groups = groups
-    unit = math.lcm(c.parallel.ep, groups)
+    top_groups = max(1, layout.top_groups * groups // layout.num_groups)
+    if layout.router is RouterName.hierarchical:
+        layout.top_k = top_groups * max(1, layout.top_k // layout.top_groups)
+    layout.num_groups, layout.top_groups = groups, top_groups
+    unit = math.lcm(c.parallel.ep, groups, layout.top_k if layout.router is RouterName.hash else 1)
     wanted = max(4, layout.top_k + 2, math.ceil(layout.top_k * groups / layout.top_groups))
     layout.num_experts = unit * math.ceil(wanted / unit)
     layout.expert_ffn_dim = 24
+    for index, size in enumerate(layout.expert_sizes):
+        size.num, size.ffn_dim = unit * math.ceil(3 / unit), 24 * (index + 1)
+    if layout.expert_sizes:
+        layout.num_experts = sum(size.num for size in layout.expert_sizes)
+    layout.num_zero_experts, layout.num_copy_experts = (
+        min(2, num) for num in (layout.num_zero_experts, layout.num_copy_experts)
+    )
     balance = layout.balance
-    balance.coefficient = balance.coefficient or 0.01
-    balance.router_z = balance.router_z or 0.001
+    if layout.router not in (RouterName.hash, RouterName.expert_choice):
+        balance.coefficient = balance.coefficient or 0.01
+    if layout.router is not RouterName.hash:
+        balance.router_z = balance.router_z or 0.001
 
 
 def changes(asked: Any, run: Any, prefix: str = "") -> list[Change]:

@@ -10,16 +10,26 @@ from torch import Tensor
 
 from parallel.dispatch.local import LocalDispatcher
 from trainer.compose import compose
-from trainer.config import Machine, RunConfig, resolve
-from trainer.moe.balance import entropy, router_z, sequence_balance, update_bias_
+from trainer.config import BiasUpdate, Machine, RunConfig, resolve
+from trainer.moe.balance import balance_loss, entropy, load_fraction, router_z, row_counts, update_bias_
 from trainer.moe.experts import Experts, grouped_linear
 from trainer.moe.layer import MoeLayer
+from trainer.moe.positions import Positions
 from trainer.moe.router import Router
 
 
 def config_of(*overrides: str) -> RunConfig:
     small = ["model.dim=16", "model.ffn_dim=24", "layout.num_experts=8"]
     return resolve(compose([*small, *overrides]), Machine(num_cpus=1))
+
+
+def counted(*shape: int) -> Positions:
+    """Every position counts, all tokens are 0, no noise."""
+    return Positions(torch.ones(shape), torch.zeros(shape, dtype=torch.int64))
+
+
+def sequence_balance(p_BSE: Tensor, expert_BSK: Tensor, weight_B: Tensor) -> Tensor:
+    return balance_loss(load_fraction(row_counts(expert_BSK, p_BSE.shape[-1]), p_BSE.dtype), p_BSE, weight_B)
 
 
 def random_layer(config: RunConfig) -> MoeLayer:
@@ -73,7 +83,7 @@ def test_layer_and_gradients_equal_the_definition(overrides: list[str]) -> None:
     capacity = None
     if layout.capacity_factor is not None:
         capacity = math.ceil(layout.capacity_factor * 11 * layout.top_k / layout.num_experts)
-    y, stats = layer(x, torch.ones(3, 11))
+    y, stats = layer(x, counted(3, 11))
     expected = by_token(layer, x, capacity)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     if capacity is not None:
@@ -88,8 +98,8 @@ def test_layer_and_gradients_equal_the_definition(overrides: list[str]) -> None:
 def test_capacity_counts_by_row_so_a_row_alone_drops_the_same() -> None:
     layer = random_layer(config_of("layout=switch", "layout.capacity_factor=0.6"))
     x = torch.randn(4, 9, 16)
-    together, _ = layer(x, torch.ones(4, 9))
-    alone = torch.cat([layer(row[None], torch.ones(1, 9))[0] for row in x])
+    together, _ = layer(x, counted(4, 9))
+    alone = torch.cat([layer(row[None], counted(1, 9))[0] for row in x])
     torch.testing.assert_close(together, alone)
 
 
@@ -97,12 +107,12 @@ def test_shared_experts_are_added() -> None:
     config = config_of("layout.num_shared_experts=2")
     layer = random_layer(config)
     x = torch.randn(2, 5, 16)
-    with_shared, _ = layer(x, torch.ones(2, 5))
+    with_shared, _ = layer(x, counted(2, 5))
     assert layer.shared is not None
     assert layer.shared.w1.weight.shape == (2 * config.layout.expert_ffn_dim, 16)
     shared = layer.shared
     layer.shared = None
-    torch.testing.assert_close(with_shared, layer(x, torch.ones(2, 5))[0] + shared(x))
+    torch.testing.assert_close(with_shared, layer(x, counted(2, 5))[0] + shared(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -165,8 +175,10 @@ def test_z_loss_and_entropy_follow_their_formulas() -> None:
 
 def test_bias_moves_against_the_load() -> None:
     bias = torch.zeros(4)
-    update_bias_(bias, torch.tensor([10, 2, 6, 6]), 0.01)
+    update_bias_(bias, torch.tensor([10, 2, 6, 6]), 0.01, BiasUpdate.sign)
     assert bias.tolist() == pytest.approx([-0.01, 0.01, 0.0, 0.0])
+    update_bias_(bias, torch.tensor([12, 0, 6, 6]), 0.01, BiasUpdate.proportional)
+    assert bias.tolist() == pytest.approx([-0.02, 0.02, 0.0, 0.0])
 
 
 def test_sigmoid_bias_changes_the_choice_and_not_the_weight() -> None:
@@ -176,10 +188,10 @@ def test_sigmoid_bias_changes_the_choice_and_not_the_weight() -> None:
     with torch.no_grad():
         router.weight.normal_()
     x = torch.randn(1, 6, 16)
-    before, _ = router(x, torch.ones(1, 6))
+    before, *_ = router(x, counted(1, 6))
     assert router.bias_E is not None
     router.bias_E[5] = 10.0
-    after, _ = router(x, torch.ones(1, 6))
+    after, *_ = router(x, counted(1, 6))
     assert bool((after.expert_TK == 5).any(1).all()), "a large bias draws every token"
     scores = torch.sigmoid(x @ router.weight.detach().T)[0]
     chosen = scores.gather(1, after.expert_TK)
@@ -200,7 +212,7 @@ def test_group_limited_routing_stays_in_the_best_groups() -> None:
     with torch.no_grad():
         router.weight.normal_()
     x = torch.randn(2, 10, 16)
-    routing, _ = router(x, torch.ones(2, 10))
+    routing, *_ = router(x, counted(2, 10))
     scores = torch.sigmoid(x @ router.weight.detach().T).flatten(0, 1)
     for token, chosen in zip(scores, routing.expert_TK.tolist(), strict=True):
         groups = token.view(4, 2).sum(1).topk(2).indices.tolist()
@@ -216,8 +228,8 @@ def test_router_is_fp32_whatever_the_activations_are() -> None:
     with torch.no_grad():
         router.weight.normal_()
     x = torch.randn(1, 200, 16).bfloat16()
-    low, _ = router(x, torch.ones(1, 200))
-    high, _ = router(x.float(), torch.ones(1, 200))
+    low, *_ = router(x, counted(1, 200))
+    high, *_ = router(x.float(), counted(1, 200))
     assert low.weight_TK.dtype == torch.float32
     assert torch.equal(low.expert_TK, high.expert_TK)
     assert torch.equal(low.weight_TK, high.weight_TK)
