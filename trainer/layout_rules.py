@@ -42,7 +42,9 @@ def _check_sizes(config: RunConfig, dims: ParallelDims) -> None:
     for index, size in enumerate(layout.expert_sizes):
         for name in ("num", "ffn_dim"):
             value = getattr(size, name)
-            rule = "must be above 0" + (", or -1 for model.ffn_dim / granularity" if name == "ffn_dim" else "")
+            rule = "must be above 0" + (
+                ", or -1 for model.ffn_dim / granularity" if name == "ffn_dim" else ""
+            )
             require(value > 0, f"layout.expert_sizes[{index}].{name}", value, rule, "a positive number")
     total = sum(size.num for size in layout.expert_sizes)
     require(
@@ -261,4 +263,8 @@ def _check_balance(layout: LayoutConfig) -> None:
 
 def depends_on_split(layout: LayoutConfig) -> bool:
     """Whether what is computed depends on how a step's rows are split over ranks and micro-batches."""
-    return layout.num_experts > 0 and layout.balance.scope is BalanceScope.micro and layout.balance.coefficient > 0
+    return (
+        layout.num_experts > 0
+        and layout.balance.scope is BalanceScope.micro
+        and layout.balance.coefficient > 0
+    )

@@ -39,6 +39,7 @@ SMALL = [
     "layout.balance.coefficient=0.05",
     "layout.balance.router_z=0.01",
 ]
+"""Overrides given after these win."""
 
 
 def small_config(*overrides: str) -> RunConfig:

@@ -22,7 +22,7 @@ from parallel.mesh import build_meshes
 from tests.command import MUSTER, REPO, SMALL, Workplace
 from tests.distributed import cases
 from tests.distributed.pool import Pool
-from tests.distributed.test_parity import CASES, compare, overrides_of
+from tests.distributed.test_parity import CASES, UNLIKE, compare, overrides_of
 from trainer.build import build_engine, build_model
 from trainer.checkpoint.digest import combine
 from trainer.checkpoint.resume import newest_valid
@@ -64,6 +64,7 @@ VARIATIONS = {
         ["layout.moe_every=2", "model.ffn_dim=44", "layout.num_experts=12"],
         [],
     ),
+    "experts of two sizes and some that compute nothing": (UNLIKE, []),
     "odd expert width": (["layout=switch", "layout.expert_ffn_dim=37"], []),
 }
 

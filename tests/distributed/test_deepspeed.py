@@ -18,7 +18,7 @@ from parallel.mesh import build_meshes
 from tests.command import MUSTER
 from tests.distributed import cases, oracle
 from tests.distributed.pool import Pool
-from tests.distributed.test_parity import compare
+from tests.distributed.test_parity import UNLIKE, compare
 from trainer.build import build_dispatcher, build_engine, build_model
 from trainer.checkpoint.digest import combine
 from trainer.checkpoint.resume import newest_valid
@@ -66,6 +66,11 @@ def test_recomputed_blocks_and_tied_embeddings(pool: Pool, stage: int) -> None:
     compare(
         pool, 4, common, engine(stage, 4, 2, "train.activation_checkpointing=true", "train.micro_batch=1")
     )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_experts_of_two_sizes_and_some_that_compute_nothing(pool: Pool, stage: int) -> None:
+    compare(pool, 4, UNLIKE, engine(stage, 4, 2))
 
 
 def test_a_world_that_is_no_power_of_two(pool: Pool) -> None:

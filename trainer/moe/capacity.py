@@ -23,7 +23,9 @@ def row_capacity(layout: LayoutConfig, length: int) -> int | None:
     return math.ceil(layout.capacity_factor * length * layout.top_k / layout.num_experts)
 
 
-def places(expert_BSK: Tensor, weight_BSK: Tensor, num_experts: int, capacity: int, drop_by: DropBy) -> Tensor:
+def places(
+    expert_BSK: Tensor, weight_BSK: Tensor, num_experts: int, capacity: int, drop_by: DropBy
+) -> Tensor:
     """The place of each pair in its expert's buffer, int64 ``[B, S, K]``; -1: dropped.
 
     By position: first choices before second ones, earlier positions first (GShard). By score: the heaviest

@@ -75,11 +75,14 @@ class SizedExperts(nn.Module):
 
     def __init__(self, dim: int, sizes: list[ExpertSize], activation: Activation) -> None:
         super().__init__()
+        self.num_of_size = [size.num for size in sizes]
         self.sizes = nn.ModuleList(Experts(size.num, dim, size.ffn_dim, activation) for size in sizes)
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         """As :meth:`Experts.forward`, experts in the order of the sizes. One host sync."""
-        counts = counts_E.split([next(stack.parameters()).shape[0] for stack in self.sizes])
+        # Not from the weights: outside of its own forward a stack's may not be gathered (ZeRO-3).
+        share = sum(self.num_of_size) // counts_E.shape[0]
+        counts = counts_E.split([num // share for num in self.num_of_size])
         num_rows = torch.stack([part.sum() for part in counts]).tolist()
         parts = zip(self.sizes, rows_ND.split(num_rows), counts, strict=True)
         return torch.cat([stack(rows, count) for stack, rows, count in parts])
