@@ -30,6 +30,7 @@ from trainer.compose import absolute_paths, compose, write_atomically
 from trainer.config import CallbackConfig, Device, Machine, RunConfig, parallel_dims, resolve
 from trainer.ds_config import unrepeated
 from trainer.environment import count_gpus, describe
+from trainer.layout_rules import require_provable
 from trainer.proof.compare import Check, Records, compare, first_failure
 from trainer.proof.shrink import STEPS, Change, shrink
 from trainer.rules import validate
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> Outcome:
         del overrides[at : at + 2]
     asked = resolve(absolute_paths(compose(overrides)), Machine.here(count_gpus()))
     validate(asked)
+    require_provable(asked, parallel_dims(asked))
     return verify(asked, Console(highlight=False), device)
 
 

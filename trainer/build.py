@@ -64,7 +64,7 @@ def _target_feed_forward(config: RunConfig, index: int, dispatcher: Dispatcher) 
     assert target is not None
     made = call_target("layout.target", target, config, index, dispatcher, **config.layout.kwargs)
     num_tensors = 1 if isinstance(made, nn.Module) and takes(made, 1) else 2
-    return _module("layout.target", target, made, num_tensors, "forward(x) or forward(x, targets)")
+    return _module("layout.target", target, made, num_tensors, "forward(x) or forward(x, positions)")
 
 
 def _module(field: str, target: str, made: object, num_tensors: int, form: str) -> nn.Module:

@@ -261,10 +261,22 @@ def _check_balance(layout: LayoutConfig) -> None:
     )
 
 
-def depends_on_split(layout: LayoutConfig) -> bool:
-    """Whether what is computed depends on how a step's rows are split over ranks and micro-batches."""
-    return (
-        layout.num_experts > 0
-        and layout.balance.scope is BalanceScope.micro
-        and layout.balance.coefficient > 0
+def split_of(config: RunConfig, dims: ParallelDims) -> list[int] | None:
+    """How a step's rows are split, ``[ranks, rows a forward pass]``, where what is computed depends on it."""
+    layout = config.layout
+    by_pass = layout.balance.scope is BalanceScope.micro and layout.balance.coefficient > 0
+    return [dims.dp, config.train.micro_batch] if layout.num_experts and by_pass else None
+
+
+def require_provable(config: RunConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError where by the config's own definition one process would compute something else."""
+    split = split_of(config, dims)
+    require(
+        split is None or split == [1, config.train.global_batch],
+        "layout.balance.scope",
+        "micro",
+        f"the balance loss counts the rows of one forward pass, so {dims.dp} data-parallel rank(s) with "
+        f"train.micro_batch={config.train.micro_batch} compute another loss than one process with all "
+        f"{config.train.global_batch} rows: there is nothing to prove",
+        "layout.balance.scope=sequence or step",
     )

@@ -24,6 +24,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader import Loader, merge_states
 from trainer.data.prepare import PreparedData
 from trainer.generation import sample
+from trainer.layout_rules import split_of
 from trainer.metrics.step import Hardware, check_user_metrics, step_metrics
 from trainer.runlog import RunLog
 from trainer.step import Stepper, StepResult
@@ -147,6 +148,7 @@ class Trainer:
         dist.all_gather_object(states, self.loader.state_dict(), group=self.control)
         trainer_state = {
             **asdict(self.state),
+            "split": split_of(self.config, self.dims),
             "loader": merge_states(states),
             "callbacks": [
                 {"target": entry.target, "state": callback.state_dict()}
@@ -161,6 +163,18 @@ class Trainer:
         if best:
             self.checkpoints.mark_best(self.state.step)
 
+    def _check_split(self, saved: list[int] | None) -> None:
+        split = split_of(self.config, self.dims)
+        if split is not None and saved is not None and split != saved:
+            raise ConfigError(
+                "layout.balance.scope",
+                "micro",
+                f"the balance loss counts the rows of one forward pass; the checkpoint is of {saved[0]} "
+                f"data-parallel rank(s) with train.micro_batch={saved[1]}, this layout has {split[0]} with "
+                f"{split[1]}, which would train another objective",
+                "the layout that wrote it, or layout.balance.scope=step",
+            )
+
     def load(self, checkpoint: Checkpoint) -> str:
         """Take over all of a checkpoint's state, whatever layout wrote it.
 
@@ -172,6 +186,7 @@ class Trainer:
         """
         checkpoint.load_into(self.engine.named_state())
         saved = dict(checkpoint.trainer)
+        self._check_split(saved.pop("split", None))
         self.loader.load_state_dict(saved.pop("loader"))
         unclaimed = self._load_callbacks(saved.pop("callbacks"))
         self.state = TrainState(**saved)

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.verify import EXIT_NOT_EQUAL, _prepare, verify
+from launch.verify import EXIT_NOT_EQUAL, _prepare, main, verify
+from parallel.errors import ConfigError
 from tests.command import MUSTER, REPO, Workplace
 from tests.distributed import cases
 from tests.distributed.mutations import MUTATIONS
 from tests.distributed.pool import Pool
+from trainer.compose import CONF_DIR
 from trainer.config import CallbackConfig, Device, Machine, RunConfig, parallel_dims, resolve
 from trainer.data.prepare import prepare_data
 from trainer.proof.compare import Check, Records, compare, first_failure
@@ -167,15 +169,17 @@ def test_a_shrunk_config_keeps_what_can_go_wrong(tmp_path: Path) -> None:
     assert {change.field for change in changed} >= {"model.dim", "layout.num_experts", "data.target"}
 
 
-@pytest.mark.parametrize(
-    "model", ["tiny", "mixtral_8x7b", "olmoe_1b_7b", "deepseek_v3", "llama3_8b", "switch_c"]
-)
-@pytest.mark.parametrize("world", [1, 2, 4, 16, 48])
-def test_every_model_shrinks_to_a_config_that_holds_every_rule(
-    tmp_path: Path, model: str, world: int
+MODELS = ["tiny", "mixtral_8x7b", "olmoe_1b_7b", "deepseek_v3", "llama3_8b", "switch_c"]
+LAYOUTS = sorted(path.stem for path in (CONF_DIR / "layout").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", [*(f"model={m}" for m in MODELS), *(f"layout={name}" for name in LAYOUTS)])
+@pytest.mark.parametrize("world", [1, 4, 48])
+def test_every_choice_shrinks_to_a_config_that_holds_every_rule(
+    tmp_path: Path, choice: str, world: int
 ) -> None:
     batch = ["train.global_batch=96", "train.micro_batch=1"]
-    asked = asked_config(tmp_path, [f"model={model}", f"launcher.nproc_per_node={world}", *batch])
+    asked = asked_config(tmp_path, [choice, f"launcher.nproc_per_node={world}", *batch])
     eps = [1] if not asked.layout.num_experts else [ep for ep in (1, 2, 4, 16) if world % ep == 0]
     for ep in eps:
         asked.parallel.ep = ep
@@ -185,6 +189,14 @@ def test_every_model_shrinks_to_a_config_that_holds_every_rule(
         assert now.world_size <= 8
         for degree in ("dp_replicate", "expert_shard", "ep"):
             assert (getattr(was, degree) > 1) == (getattr(now, degree) > 1), degree
+
+
+def test_a_balance_loss_that_changes_with_the_layout_is_refused() -> None:
+    overrides = ["layout=mixtral", "layout.balance.scope=micro", "launcher.nproc_per_node=2", "device=cpu"]
+    with pytest.raises(
+        ConfigError, match=r"2 data-parallel rank\(s\) with train.micro_batch=4 compute another loss"
+    ):
+        main(overrides)
 
 
 def test_the_command_writes_a_certificate(workplace: Workplace) -> None:

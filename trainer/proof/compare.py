@@ -97,14 +97,20 @@ class Records:
         return ranks
 
     def whole(self, moment: str) -> dict[str, Tensor]:
-        """Whole tensors out of all ranks' owned slices, NaN where nobody owns an element."""
+        """Whole tensors out of all ranks' owned slices, NaN (integers: the least) where nobody owns one."""
         whole: dict[str, Tensor] = {}
         for slices in self.slices(moment):
             for piece in slices:
                 if piece.owner:
-                    blank = torch.full(piece.global_shape, math.nan).to(piece.tensor.dtype)
+                    blank = _nothing(piece.global_shape, piece.tensor.dtype)
                     whole.setdefault(piece.name, blank)[_window(piece)] = piece.tensor
         return whole
+
+
+def _nothing(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of values that nothing computes: NaN, or the least integer."""
+    value = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+    return torch.full(tuple(shape), value, dtype=dtype)
 
 
 def _window(piece: StateSlice) -> tuple[slice, ...]:
@@ -270,7 +276,7 @@ def check_round_trip(records: Records) -> Check:
     """The last checkpoint, loaded in one process, holds every tensor and slot bit for bit."""
     live = records.whole(f"state-{STEPS}")
     blank = [
-        StateSlice(name, tuple(t.shape), (0,) * t.dim(), torch.full_like(t, math.nan), True)
+        StateSlice(name, tuple(t.shape), (0,) * t.dim(), _nothing(t.shape, t.dtype), True)
         for name, t in live.items()
     ]
     name = "checkpoint round trip"

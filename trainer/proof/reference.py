@@ -94,8 +94,11 @@ def _terms(model: nn.Module, config: RunConfig, batch: Batch) -> dict[str, Tenso
     """Gradients of the objective, and of each term alone, so that a deviation can be told apart."""
     named = dict(model.named_parameters())
     _, terms = _forward(model, config, batch)
-    found = {}
+    found: dict[str, Tensor] = {}
     for term, value in terms.items():
+        if not value.requires_grad:  # a layout whose router learns nothing
+            found |= {f"{term}:{name}": torch.zeros_like(parameter) for name, parameter in named.items()}
+            continue
         gradients = torch.autograd.grad(value, list(named.values()), retain_graph=True, allow_unused=True)
         for name, parameter, gradient in zip(named, named.values(), gradients, strict=True):
             found[f"{term}:{name}"] = torch.zeros_like(parameter) if gradient is None else gradient
