@@ -95,3 +95,10 @@ def test_what_cannot_be_resumed_is_said(trained: Workplace) -> None:
     output = trained.resume("model.dim=64", WHOLE, run_dir=copy(trained, "wider"), expect=2)
     assert_one_error(output, "tensor", "has shape", "use the model, layout and optim settings")
     assert checkpoints_of(trained.run_dir) == ["step-00000003", "step-00000006"]
+
+
+def test_a_balance_loss_by_forward_pass_does_not_go_on_under_another_split(workplace: Workplace) -> None:
+    workplace.train("layout.balance.scope=micro", "train.steps=2", "train.micro_batch=4")
+    output = workplace.resume("train.steps=3", "train.micro_batch=2", expect=2)
+    assert_one_error(output, "layout.balance.scope=micro", "1 data-parallel rank(s) with train.micro_batch=4")
+    assert "has 1 with 2, which would train another objective" in output
