@@ -31,7 +31,9 @@ OTHER_LAYOUTS = {
     "qwen3_moe": [],
     "olmoe": ["layout.num_experts=16"],
     "hierarchical": ["layout.num_experts=8"],
-    "expert_choice": ["layout.capacity_factor=0.7", "layout.renormalize=true"],
+    "expert_choice": [
+        *("layout.capacity_factor=0.7", "layout.renormalize=true", "layout.balance.coefficient=0")
+    ],
     "ernie": ["layout.num_experts=12", "layout.expert_sizes=[{num: 8, ffn_dim: 24}, {num: 4, ffn_dim: 48}]"],
     "skywork": ["layout.num_experts=8"],
     "moe_plus_plus": ["layout.jitter=0.1"],
@@ -98,9 +100,7 @@ def test_layout_computes_what_one_process_would(
 def test_every_other_layout_computes_what_one_process_would(
     pool: Pool, layout: str, world: int, dp_replicate: int, ep: int
 ) -> None:
-    common = [f"layout={layout}", "layout.balance.coefficient=0.05", *OTHER_LAYOUTS[layout]]
-    if layout == "expert_choice":
-        common[1] = "layout.balance.coefficient=0"
+    common = [f"layout={layout}", *OTHER_LAYOUTS[layout]]
     compare(pool, world, common, overrides_of(world, dp_replicate, ep))
 
 

@@ -11,6 +11,7 @@ from parallel.engines.base import StateSlice
 from parallel.mesh import build_meshes
 from tests.command import Workplace
 from tests.distributed import cases, oracle
+from tests.distributed.test_parity import OTHER_LAYOUTS
 from trainer.bits import normal_
 from trainer.build import build_dispatcher, build_engine, build_model
 from trainer.checkpoint.digest import combine, weights_digest
@@ -21,7 +22,7 @@ from trainer.models.init import initialise
 from trainer.moe.experts import grouped_linear
 from trainer.step import Stepper
 
-LAYOUTS = ["dense", "switch", "mixtral", "deepseek"]
+LAYOUTS = {**{name: [] for name in ("dense", "switch", "mixtral", "deepseek")}, **OTHER_LAYOUTS}
 
 
 class OneProcess:
@@ -59,7 +60,7 @@ def exact_matmuls(world_of_one: None) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp32_equals_the_cpu(layout: str) -> None:
-    config = cases.small_config(f"layout={layout}", "train.dtype=fp32")
+    config = cases.small_config(f"layout={layout}", *LAYOUTS[layout], "train.dtype=fp32")
     cpu, gpu = OneProcess(config, "cpu"), OneProcess(config, "cuda")
     assert cpu.digest() == gpu.digest(), "the same initial bits"
     assert gpu.train(0, 5) == pytest.approx(cpu.train(0, 5), rel=1e-5)
@@ -67,13 +68,13 @@ def test_fp32_equals_the_cpu(layout: str) -> None:
     for piece in gpu.engine.named_state():
         if piece.name.startswith("model."):
             wanted = weights[piece.name]
-            deviation = torch.linalg.vector_norm(piece.tensor.cpu() - wanted)
-            assert deviation <= 1e-4 * torch.linalg.vector_norm(wanted), piece.name
+            deviation = torch.linalg.vector_norm(piece.tensor.cpu().double() - wanted.double())
+            assert deviation <= 1e-4 * torch.linalg.vector_norm(wanted.double()), piece.name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bf16_learns_and_is_repeatable(layout: str) -> None:
-    config = cases.small_config(f"layout={layout}", "train.dtype=bf16", "optim.lr=3e-3")
+    config = cases.small_config(f"layout={layout}", *LAYOUTS[layout], "train.dtype=bf16", "optim.lr=3e-3")
     one, other = OneProcess(config, "cuda"), OneProcess(config, "cuda")
     losses = one.train(0, 8)
     assert losses == other.train(0, 8)
