@@ -5,6 +5,16 @@ import pytest
 from tests.command import CALM, Workplace
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes for ``make test``: one computes, the other starts commands and waits for them."""
+    for item in items:
+        lane = Path(item.path).relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(pytest.mark.xdist_group("compute" if lane in _COMPUTE else "commands"))
+
+
+_COMPUTE = ("unit", "conf", "distributed")
+
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Workplace:
     """A folder of its own to run `muster` in."""

@@ -205,7 +205,7 @@ def test_the_second_expert_is_used_with_twice_its_weight() -> None:
         torch.ones(8, 500), torch.zeros(8, 500, dtype=torch.int64), sample_keys(torch.arange(8), 0)
     )
     routing = layer.router(x, positions).routing
-    second, used = routing.weight_TK[:, 1], routing.expert_TK[:, 1] < 8
+    second, used = routing.weight_TK[:, 1].detach(), routing.expert_TK[:, 1] < 8
     assert bool((routing.expert_TK[:, 0] < 8).all()), "the first always travels"
     assert float(used.float().mean()) == pytest.approx(float((2 * second).clamp(max=1).mean()), abs=0.03)
     low, high = second < second.median(), second >= second.median()
