@@ -12,7 +12,7 @@ from parallel.exchange_check import Notice
 from parallel.recompute import recorded
 
 
-def _exchange(
+def exchange_rows(
     x_ND: Tensor,
     send: list[int],
     recv: list[int],
@@ -20,6 +20,7 @@ def _exchange(
     notice: Notice | None,
     backward: bool = False,
 ) -> Tensor:
+    """One all-to-all as it is: no gradient, nothing recorded. Arguments as :func:`all_to_all_rows`."""
     if notice is not None:
         notice.before(x_ND, send, recv, backward)
     received = x_ND.new_empty(sum(recv), *x_ND.shape[1:])
@@ -38,11 +39,11 @@ class _AllToAll(torch.autograd.Function):
         notice: Notice | None,
     ) -> Tensor:
         ctx.send, ctx.recv, ctx.group, ctx.notice = send, recv, group, notice
-        return recorded(lambda: _exchange(x_ND, send, recv, group, notice))
+        return recorded(lambda: exchange_rows(x_ND, send, recv, group, notice))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        home = _exchange(grads[0], ctx.recv, ctx.send, ctx.group, ctx.notice, backward=True)
+        home = exchange_rows(grads[0], ctx.recv, ctx.send, ctx.group, ctx.notice, backward=True)
         return home, None, None, None, None
 
 
@@ -76,4 +77,4 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup, notice: Notice | N
     Replayed, like the rows, in a recomputation; ``notice`` as for them.
     """
     even = [1] * dist.get_world_size(group)
-    return recorded(lambda: _exchange(counts, even, even, group, notice))
+    return recorded(lambda: exchange_rows(counts, even, even, group, notice))

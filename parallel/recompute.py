@@ -4,6 +4,8 @@ Inside :func:`recomputed`, values that pass through :func:`recorded` in the firs
 out again, in order, when backward runs the function anew. The router's choices and whatever an exchange
 brought go through it, so a token is never routed a second time and a layer under recompute costs four
 all-to-alls, not six. All else is computed again.
+
+:class:`Rerun` is the same for who does his own recomputation (:mod:`parallel.dispatch.bounded`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -68,3 +71,32 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
         return _Play(tape, replay=False), _Play(tape, replay=True)
 
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+class Rerun:
+    """A function's first run and its second, which decides and draws as the first did.
+
+    What the function passes through :func:`recorded` is kept here, whatever tape is in place around it, and
+    random numbers are drawn from the state that the first run began with.
+    """
+
+    def __init__(self) -> None:
+        self._tape = _Tape()
+
+    def first(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)``, recorded."""
+        self._cpu = torch.get_rng_state()
+        self._cuda = {
+            device: torch.cuda.get_rng_state(device)
+            for device in {a.device for a in args if isinstance(a, Tensor) and a.is_cuda}
+        }
+        with _Play(self._tape, replay=False):
+            return function(*args)
+
+    def again(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)`` with the same values; any number of times."""
+        with torch.random.fork_rng(devices=list(self._cuda)), _Play(self._tape, replay=True):
+            torch.set_rng_state(self._cpu)
+            for device, state in self._cuda.items():
+                torch.cuda.set_rng_state(state, device)
+            return function(*args)

@@ -110,11 +110,17 @@ def _check_own_model(model: nn.Module, config: RunConfig) -> None:
         )
 
 
-def build_dispatcher(meshes: Meshes, check: ExchangeCheck | None = None) -> Dispatcher:
-    """The backend for the ep axis."""
+def build_dispatcher(
+    meshes: Meshes, check: ExchangeCheck | None = None, budget: int | None = None
+) -> Dispatcher:
+    """The backend for the ep axis.
+
+    Args:
+        budget: ``parallel.max_tokens_in_flight``.
+    """
     if meshes.dims.ep == 1:
-        return LocalDispatcher()
-    return AllToAllDispatcher(meshes.ep, check)
+        return LocalDispatcher(budget)
+    return AllToAllDispatcher(meshes.ep, check, budget=budget)
 
 
 def build_exchange_check(

@@ -251,6 +251,9 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    max_tokens_in_flight: int | None = None
+    """Rows (one for each token and expert it goes to) that a rank's experts receive at a time; more come in rounds,
+    recomputed in backward: a hot expert costs time, not memory. null: no bound (docs/memory.md)."""
 
 
 @dataclass

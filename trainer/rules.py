@@ -50,6 +50,7 @@ def validate(config: RunConfig) -> None:
             f"layout={config.layout.name} has no experts to spread over ep ranks",
             "parallel.ep=1 or a layout with experts (layout=mixtral)",
         )
+    _check_budget(config)
     _check_engine(config)
     _check_data(config, dims)
     _check_optim(config)
@@ -135,6 +136,21 @@ def _check_model(model: ModelConfig) -> None:
             )
         rope = model.mla.qk_rope_head_dim
         require(rope % 2 == 0, "model.mla.qk_rope_head_dim", rope, "must be even", f"{rope + 1}")
+
+
+def _check_budget(config: RunConfig) -> None:
+    budget = config.parallel.max_tokens_in_flight
+    if budget is None:
+        return
+    field = "parallel.max_tokens_in_flight"
+    require(budget > 0, field, budget, "must be above 0, or null for no bound", f"{field}=null")
+    require(
+        config.layout.num_experts > 0,
+        field,
+        budget,
+        f"layout={config.layout.name} has no experts whose rows it could bound",
+        f"{field}=null or a layout with experts (layout=mixtral)",
+    )
 
 
 def _check_engine(config: RunConfig) -> None:

@@ -137,7 +137,8 @@ def _build_trainer(
     directory = run_dir / "checkpoints"
     prepared = prepare_data(config)
     check = build_exchange_check(config, meshes, place.rank, place.store)
-    model = build_model(config, build_dispatcher(meshes, check))
+    dispatcher = build_dispatcher(meshes, check, config.parallel.max_tokens_in_flight)
+    model = build_model(config, dispatcher)
     hardware = Hardware(model_cost(model, config), peak_flops(device, torch_dtype(config)) * place.world_size)
     engine = build_engine(config, meshes, device)
     engine.prepare(model)

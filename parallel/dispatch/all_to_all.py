@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from parallel.collectives import all_to_all_rows, exchange_counts
-from parallel.dispatch.base import Dispatched, Routing
+from parallel.collectives import all_to_all_rows, exchange_counts, exchange_rows
+from parallel.dispatch.base import TRIPS, Dispatched, Routing
+from parallel.dispatch.bounded import run_in_rounds
 from parallel.dispatch.local import rows_of_experts
 from parallel.dispatch.permute import Permutation, gather, plan, spread
+from parallel.dispatch.rounds import Rounds, num_rounds
 from parallel.exchange_check import ExchangeCheck, Notice
 
 
@@ -32,60 +34,84 @@ class _Metadata:
     recv_splits: list[int]
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """How many rows go where.
+
+    Attributes:
+        send, recv: to and from each rank.
+        received_SE: of each (source, local expert), on the device.
+        rows_SD: from each rank to each, the same on all of them, on the CPU; None where nobody asks.
+    """
+
+    send: list[int]
+    recv: list[int]
+    received_SE: Tensor
+    rows_SD: Tensor | None = None
+
+
 class AllToAllDispatcher:
     """See :class:`parallel.dispatch.base.Dispatcher`.
 
-    One device→host copy a layer in dropless mode (both split lists at once), none with a capacity, where
-    every split is known beforehand.
+    One device→host copy a layer in dropless mode (all splits at once), none with a capacity, where every split is
+    known beforehand.
 
     Args:
         group: the ep axis; ``E`` must be a multiple of its size.
         check: what the ranks do before each exchange; None: nothing.
         layer: index of the block, for what the check says.
+        budget: most rows that a rank receives at a time; None: whatever comes.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, check: ExchangeCheck | None = None, layer: int | None = None
+        self,
+        group: dist.ProcessGroup,
+        check: ExchangeCheck | None = None,
+        layer: int | None = None,
+        budget: int | None = None,
     ) -> None:
-        self.group, self.check = group, check
+        self.group, self.check, self.layer, self.budget = group, check, layer, budget
         self.ep = dist.get_world_size(group)
         self.ep_rank = dist.get_rank(group)
-        self._counts, self._dispatch, self._combine = (
-            None if check is None else Notice(check, layer, operation)
-            for operation in ("counts", "dispatch", "combine")
-        )
 
     def at_layer(self, index: int) -> AllToAllDispatcher:
-        return AllToAllDispatcher(self.group, self.check, index)
+        return AllToAllDispatcher(self.group, self.check, index, self.budget)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        place_TK = self._places(routing)
-        home = plan(routing, place_TK)
-        counts = rows_of_experts(routing, place_TK).view(self.ep, -1)  # [destination, local expert]
-        num_local = counts.shape[1]
-        rows = spread(x_TD, home)
-        if routing.num_slots is None:
-            received = exchange_counts(counts, self.group, self._counts)  # [source, local expert]
-            send_splits, recv_splits = torch.stack([counts.sum(1), received.sum(1)]).tolist()
-            expert_of_row = torch.repeat_interleave(
-                torch.arange(num_local, device=rows.device).repeat(self.ep),
-                received.flatten(),
-                output_size=sum(recv_splits),
-            )
+        home, counts = self._home(routing)
+        rows = spread(x_TD, home)  # at work while the host waits for the sizes
+        return self._send(rows, routing, home, self._sizes(routing, counts))
+
+    def combine(self, rows_ND: Tensor, routing: Routing, metadata: object) -> Tensor:
+        assert isinstance(metadata, _Metadata)
+        regroup = metadata.regroup
+        inverse = Permutation(regroup.pair_of_row_N[:, None], regroup.row_of_pair_TK[:, 0], partial=False)
+        answers = spread(rows_ND, inverse)
+        send, recv = metadata.recv_splits, metadata.send_splits
+        returned = all_to_all_rows(answers, send, recv, self.group, self._notice("combine"))
+        return gather(returned, routing.weight_TK, metadata.home)
+
+    def run(self, x_TD: Tensor, routing: Routing, experts: nn.Module) -> tuple[Tensor, Tensor]:
+        if self.budget is None:
+            sent = self.dispatch(x_TD, routing)
         else:
-            received = counts
-            send_splits = recv_splits = [num_local * routing.num_slots] * self.ep
-            expert_of_row = torch.arange(num_local, device=rows.device)
-            expert_of_row = expert_of_row.repeat_interleave(routing.num_slots).repeat(self.ep)
-        regroup = Permutation.by_key(expert_of_row[:, None])
-        arrived = all_to_all_rows(rows, send_splits, recv_splits, self.group, self._dispatch)
-        num_sent = sum(send_splits) - send_splits[self.ep_rank]
-        return Dispatched(
-            rows_ND=spread(arrived, regroup),
-            counts_E=received.sum(0),
-            metadata=_Metadata(home, regroup, send_splits, recv_splits),
-            num_sent=torch.full((), num_sent, dtype=torch.int64, device=rows.device),
-        )
+            home, counts = self._home(routing)
+            sizes = self._sizes(routing, counts)
+            assert sizes.rows_SD is not None
+            rounds = num_rounds(int(sizes.rows_SD.sum(0).max()), self.budget)
+            if rounds > 1:
+                planned = Rounds.plan(home, sizes.rows_SD, self.ep_rank, rounds, sizes.received_SE)
+                answers = run_in_rounds(x_TD, planned, self._swap, experts)
+                # Backward sends the rows a second time.
+                return gather(answers, routing.weight_TK, home), self._num_sent(sizes) * (TRIPS + 1)
+            sent = self._send(spread(x_TD, home), routing, home, sizes)
+        rows = experts(sent.rows_ND, sent.counts_E)
+        return self.combine(rows, routing, sent.metadata), sent.num_trips
+
+    def _home(self, routing: Routing) -> tuple[Permutation, Tensor]:
+        """This rank's rows in order of destination, and how many go to each ``[destination, local expert]``."""
+        place_TK = self._places(routing)
+        return plan(routing, place_TK), rows_of_experts(routing, place_TK).view(self.ep, -1)
 
     def _places(self, routing: Routing) -> Tensor:
         """Experts by number → experts by (ep rank, class, number); "nowhere" stays E."""
@@ -98,12 +124,48 @@ class AllToAllDispatcher:
         place_of_expert[by_place] = torch.arange(routing.num_experts)
         return place_of_expert.to(routing.expert_TK.device)[routing.expert_TK]
 
-    def combine(self, rows_ND: Tensor, routing: Routing, metadata: object) -> Tensor:
-        assert isinstance(metadata, _Metadata)
-        regroup = metadata.regroup
-        inverse = Permutation(regroup.pair_of_row_N[:, None], regroup.row_of_pair_TK[:, 0], partial=False)
-        answers = spread(rows_ND, inverse)
-        returned = all_to_all_rows(
-            answers, metadata.recv_splits, metadata.send_splits, self.group, self._combine
+    def _sizes(self, routing: Routing, counts: Tensor) -> _Sizes:
+        if routing.num_slots is not None:
+            splits = [counts.shape[1] * routing.num_slots] * self.ep
+            rows_SD = None if self.budget is None else torch.tensor([splits] * self.ep)
+            return _Sizes(splits, splits, counts, rows_SD)
+        if self.budget is None:
+            received = exchange_counts(counts, self.group, self._notice("counts"))  # [source, local expert]
+            send, recv = torch.stack([counts.sum(1), received.sum(1)]).tolist()
+            return _Sizes(send, recv, received)
+        # All ranks must come to the same number of rounds, so each is told all counts, not only its own.
+        told = counts.view(1, -1).repeat(self.ep, 1)
+        counts_SDE = exchange_counts(told, self.group, self._notice("counts")).view(self.ep, *counts.shape)
+        rows_SD = counts_SDE.sum(2).cpu()
+        send, recv = rows_SD[self.ep_rank].tolist(), rows_SD[:, self.ep_rank].tolist()
+        return _Sizes(send, recv, counts_SDE[:, self.ep_rank], rows_SD)
+
+    def _send(self, rows: Tensor, routing: Routing, home: Permutation, sizes: _Sizes) -> Dispatched:
+        num_local = sizes.received_SE.shape[1]
+        if routing.num_slots is None:
+            expert_of_row = torch.repeat_interleave(
+                torch.arange(num_local, device=rows.device).repeat(self.ep),
+                sizes.received_SE.flatten(),
+                output_size=sum(sizes.recv),
+            )
+        else:
+            expert_of_row = torch.arange(num_local, device=rows.device)
+            expert_of_row = expert_of_row.repeat_interleave(routing.num_slots).repeat(self.ep)
+        regroup = Permutation.by_key(expert_of_row[:, None])
+        arrived = all_to_all_rows(rows, sizes.send, sizes.recv, self.group, self._notice("dispatch"))
+        return Dispatched(
+            rows_ND=spread(arrived, regroup),
+            counts_E=sizes.received_SE.sum(0),
+            metadata=_Metadata(home, regroup, sizes.send, sizes.recv),
+            num_trips=self._num_sent(sizes) * TRIPS,
         )
-        return gather(returned, routing.weight_TK, metadata.home)
+
+    def _num_sent(self, sizes: _Sizes) -> Tensor:
+        sent = sum(sizes.send) - sizes.send[self.ep_rank]
+        return torch.full((), sent, dtype=torch.int64, device=sizes.received_SE.device)
+
+    def _swap(self, rows: Tensor, send: list[int], recv: list[int], what: str) -> Tensor:
+        return exchange_rows(rows, send, recv, self.group, self._notice(what))
+
+    def _notice(self, operation: str) -> Notice | None:
+        return None if self.check is None else Notice(self.check, self.layer, operation)

@@ -2,6 +2,9 @@
 
     x_TD ──dispatch──▶ rows grouped by local expert ──experts──▶ rows ──combine──▶ y_TD
 
+``run`` is all of it, and where a budget bounds the rows that a rank receives at a time it is the way that keeps to
+it (:mod:`parallel.dispatch.bounded`).
+
 A dispatcher is not a module and holds no parameters. ``dispatch`` returns frozen metadata that ``combine``
 takes back, so that one dispatcher serves every layer and every micro-batch; a layer that says which one it is
 (``at_layer``) is named when ranks diverge.
@@ -15,7 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+TRIPS = 4
+"""How often a row travels: to its expert and back, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,14 @@ class Dispatched:
         rows_ND: tokens sorted by local expert.
         counts_E: rows of each local expert, int64 on the rows' device; they sum to N.
         metadata: what ``combine`` of the same dispatcher needs.
-        num_sent: rows that left this rank (0-dim int64), for accounting.
+        num_trips: how often a row of this rank travels to another one or home from there, in forward and backward
+            together (0-dim int64), for accounting.
     """
 
     rows_ND: Tensor
     counts_E: Tensor
     metadata: object
-    num_sent: Tensor
+    num_trips: Tensor
 
 
 class Dispatcher(Protocol):
@@ -73,4 +80,15 @@ class Dispatcher(Protocol):
 
     def combine(self, rows_ND: Tensor, routing: Routing, metadata: object) -> Tensor:
         """Weighted sum of each token's answers, ``[T, D]``. Collective like ``dispatch``."""
+        ...
+
+    def run(self, x_TD: Tensor, routing: Routing, experts: nn.Module) -> tuple[Tensor, Tensor]:
+        """All of it: ``dispatch``, ``experts(rows_ND, counts_E)``, ``combine``.
+
+        Collective like ``dispatch``. With a budget, ``experts`` may be computed in several rounds and again in
+        backward; each round it is given different rows and their counts, and it must treat rows one by one.
+
+        Returns:
+            ``[T, D]``, and the trips of this rank's rows to others as in :class:`Dispatched`.
+        """
         ...

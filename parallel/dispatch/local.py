@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.dispatch.base import Dispatched, Routing
+from parallel.dispatch.bounded import run_in_rounds
 from parallel.dispatch.permute import Permutation, count, gather, plan, spread
+from parallel.dispatch.rounds import Rounds, num_rounds
 
 
 class LocalDispatcher:
-    """See :class:`parallel.dispatch.base.Dispatcher`."""
+    """See :class:`parallel.dispatch.base.Dispatcher`.
+
+    Args:
+        budget: most rows that the experts are given at a time; None: all at once.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        self.budget = budget
 
     def at_layer(self, index: int) -> LocalDispatcher:
         return self
@@ -21,12 +30,25 @@ class LocalDispatcher:
             rows_ND=spread(x_TD, permutation),
             counts_E=rows_of_experts(routing, routing.expert_TK),
             metadata=permutation,
-            num_sent=torch.zeros((), dtype=torch.int64, device=x_TD.device),
+            num_trips=torch.zeros((), dtype=torch.int64, device=x_TD.device),
         )
 
     def combine(self, rows_ND: Tensor, routing: Routing, metadata: object) -> Tensor:
         assert isinstance(metadata, Permutation)
         return gather(rows_ND, routing.weight_TK, metadata)
+
+    def run(self, x_TD: Tensor, routing: Routing, experts: nn.Module) -> tuple[Tensor, Tensor]:
+        home = plan(routing, routing.expert_TK)
+        counts_E = rows_of_experts(routing, routing.expert_TK)
+        none = torch.zeros((), dtype=torch.int64, device=x_TD.device)
+        num_rows = home.pair_of_row_N.shape[0]
+        rounds = 1 if self.budget is None else num_rounds(num_rows, self.budget)
+        if rounds == 1:
+            answers = experts(spread(x_TD, home), counts_E)
+        else:
+            planned = Rounds.plan(home, torch.tensor([[num_rows]]), 0, rounds, counts_E[None])
+            answers = run_in_rounds(x_TD, planned, _stay, experts)
+        return gather(answers, routing.weight_TK, home), none
 
 
 def rows_of_experts(routing: Routing, expert_TK: Tensor) -> Tensor:
@@ -36,3 +58,8 @@ def rows_of_experts(routing: Routing, expert_TK: Tensor) -> Tensor:
     return torch.full(
         (routing.num_experts,), routing.num_slots, dtype=torch.int64, device=routing.expert_TK.device
     )
+
+
+def _stay(rows: Tensor, send: list[int], recv: list[int], what: str) -> Tensor:
+    """An exchange among one."""
+    return rows

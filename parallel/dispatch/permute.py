@@ -58,7 +58,7 @@ class Permutation:
         return self.row_of_pair_TK.shape[1]
 
 
-def _take(x: Tensor, index: Tensor, partial: bool) -> Tensor:
+def take(x: Tensor, index: Tensor, partial: bool) -> Tensor:
     """``x[index]``, zeros where index is -1."""
     if not partial:
         return x.index_select(0, index)
@@ -68,7 +68,7 @@ def _take(x: Tensor, index: Tensor, partial: bool) -> Tensor:
     return x.index_select(0, index.clamp_min(0)).masked_fill(~valid, 0)
 
 
-def _weighted_sum(rows_ND: Tensor, index_TK: Tensor, weight_TK: Tensor | None, partial: bool) -> Tensor:
+def weighted_sum(rows_ND: Tensor, index_TK: Tensor, weight_TK: Tensor | None, partial: bool) -> Tensor:
     """``out[t] = Σ_k weight[t, k] · rows[index[t, k]]``, accumulated in fp32 (or wider)."""
     num_tokens, num_choices = index_TK.shape
     if rows_ND.shape[0] == 0:
@@ -94,12 +94,12 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
         token_of_row = torch.div(permutation.pair_of_row_N, permutation.num_choices, rounding_mode="floor")
-        return _take(x_TD, token_of_row, permutation.partial)
+        return take(x_TD, token_of_row, permutation.partial)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         p: Permutation = ctx.permutation
-        return _weighted_sum(grads[0], p.row_of_pair_TK, None, p.partial), None
+        return weighted_sum(grads[0], p.row_of_pair_TK, None, p.partial), None
 
 
 class _Gather(torch.autograd.Function):
@@ -107,17 +107,17 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows_ND: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
         ctx.save_for_backward(rows_ND, weight_TK)
-        return _weighted_sum(rows_ND, permutation.row_of_pair_TK, weight_TK, permutation.partial)
+        return weighted_sum(rows_ND, permutation.row_of_pair_TK, weight_TK, permutation.partial)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         p: Permutation = ctx.permutation
         rows_ND, weight_TK = ctx.saved_tensors
         token_of_row = torch.div(p.pair_of_row_N, p.num_choices, rounding_mode="floor")
-        grad_ND = _take(grads[0], token_of_row, p.partial)
+        grad_ND = take(grads[0], token_of_row, p.partial)
         dot_N = (grad_ND.to(weight_TK.dtype) * rows_ND.to(weight_TK.dtype)).sum(-1)
-        grad_weight = _take(dot_N, p.row_of_pair_TK.flatten(), p.partial).view_as(weight_TK)
-        weight_N = _take(weight_TK.flatten(), p.pair_of_row_N, p.partial)
+        grad_weight = take(dot_N, p.row_of_pair_TK.flatten(), p.partial).view_as(weight_TK)
+        weight_N = take(weight_TK.flatten(), p.pair_of_row_N, p.partial)
         return (grad_ND * weight_N[:, None]).to(rows_ND.dtype), grad_weight, None
 
 

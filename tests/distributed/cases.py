@@ -56,7 +56,8 @@ def train(rank: int, world: int, config: RunConfig, steps: int) -> dict[str, Any
     dims = parallel_dims(config)
     meshes = build_meshes(dims, "cpu")
     engine = build_engine(config, meshes, torch.device("cpu"))
-    engine.prepare(build_model(config, build_dispatcher(meshes)))
+    dispatcher = build_dispatcher(meshes, budget=config.parallel.max_tokens_in_flight)
+    engine.prepare(build_model(config, dispatcher))
     initialise(engine.model, engine.named_state(), config.train.seed)
     stepper = Stepper(engine, config, torch.device("cpu"), wants_stop=lambda: False)
     gradients: list[Any] = []

@@ -110,6 +110,8 @@ VARIATIONS = {
     "keep gathered": ["engine.reshard_after_forward=false"],
     "no document mask": ["data.respect_documents=false"],
     "tied embeddings": ["model.tied_embeddings=true"],
+    "bounded rows": ["parallel.max_tokens_in_flight=37"],  # of 96 rows on average: 3 rounds and more
+    "bounded rows, recomputed": ["parallel.max_tokens_in_flight=37", "train.activation_checkpointing=true"],
     "gelu, norms of heads, wsd": [
         "model.activation=gelu",
         "model.qk_norm=head",
@@ -127,7 +129,13 @@ VARIATIONS = {
     ],
     "every second layer, odd sizes": ["layout.moe_every=2", "model.ffn_dim=44", "layout.num_experts=12"],
 }
-LAYOUT_ONLY = ("accumulation", "activation checkpointing", "keep gathered")
+LAYOUT_ONLY = (
+    "accumulation",
+    "activation checkpointing",
+    "keep gathered",
+    "bounded rows",
+    "bounded rows, recomputed",
+)
 
 
 @pytest.mark.parametrize("variation", VARIATIONS)

@@ -48,7 +48,7 @@ def step_metrics(result: StepResult, config: RunConfig, hardware: Hardware, seco
             "loss/balance": totals.mean(totals.balance_L) / num_layers,
             "loss/router_z": totals.mean(totals.router_z_L) / num_layers,
             "moe/router_entropy": totals.mean(totals.entropy_L) / num_layers,
-            "moe/a2a_bytes": int(totals.sent_L.sum()) * _bytes_a_row(config),
+            "moe/a2a_bytes": int(totals.sent_L.sum()) * _bytes_of_row(config),
             **_load_metrics(totals.counts_LE, totals.dropped_L, config),
         }
     return record
@@ -71,9 +71,8 @@ def check_user_metrics(metrics: Mapping[str, object], field: str, target: str) -
             raise ConfigError(field, target, relation, "return float(value)")
 
 
-def _bytes_a_row(config: RunConfig) -> int:
-    """A row travels to its expert and back, forward and backward; recomputation sends nothing."""
-    return 4 * config.model.dim * (2 if config.train.dtype is Dtype.bf16 else 4)
+def _bytes_of_row(config: RunConfig) -> int:
+    return config.model.dim * (2 if config.train.dtype is Dtype.bf16 else 4)
 
 
 def _load_metrics(counts_LE: Tensor, dropped_L: Tensor, config: RunConfig) -> dict[str, Any]:

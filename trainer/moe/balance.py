@@ -29,7 +29,7 @@ class MoeStats(NamedTuple):
         counts_E: routed pairs of each expert before any drop, int64.
         dropped: pairs over capacity, int64.
         unserved: tokens of which every pair was dropped, or that no expert picked, int64.
-        sent: rows that left this rank in dispatch, int64.
+        sent: trips of rows to other ranks, forward and backward, int64.
         expert_BSK: the choices themselves, int64; E where there is none.
     """
 

@@ -39,9 +39,8 @@ class MoeLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, MoeStats]:
         routing, stats, copy_BS = self.router(x_BSD, positions)
-        sent = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
-        rows = self.experts(sent.rows_ND, sent.counts_E)
-        y_BSD = self.dispatcher.combine(rows, routing, sent.metadata).view_as(x_BSD)
+        y_TD, num_trips = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts)
+        y_BSD = y_TD.view_as(x_BSD)
         if copy_BS is not None:
             y_BSD = y_BSD + copy_BS[..., None].to(x_BSD.dtype) * x_BSD
         if self.shared is not None:
@@ -49,4 +48,4 @@ class MoeLayer(nn.Module):
             if self.shared_gate is not None:
                 shared_BSD = shared_BSD * F.sigmoid(self.shared_gate(x_BSD))
             y_BSD = y_BSD + shared_BSD
-        return y_BSD, stats._replace(sent=sent.num_sent)
+        return y_BSD, stats._replace(sent=num_trips)
