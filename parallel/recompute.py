@@ -44,6 +44,11 @@ def recorded(make: Callable[[], T]) -> T:
     return tape.values[tape.position - 1]
 
 
+def being_taped() -> bool:
+    """Whether this is inside :func:`recomputed`."""
+    return _tape.get() is not None
+
+
 class _Play(AbstractContextManager[None]):
     """Puts a tape in place; may be entered again, as a second backward over a kept graph does."""
 

@@ -94,19 +94,16 @@ class AllToAllDispatcher:
     def run(self, x_TD: Tensor, routing: Routing, experts: nn.Module) -> tuple[Tensor, Tensor]:
         if self.budget is None:
             sent = self.dispatch(x_TD, routing)
-        else:
-            home, counts = self._home(routing)
-            sizes = self._sizes(routing, counts)
-            assert sizes.rows_SD is not None
-            rounds = num_rounds(int(sizes.rows_SD.sum(0).max()), self.budget)
-            if rounds > 1:
-                planned = Rounds.plan(home, sizes.rows_SD, self.ep_rank, rounds, sizes.received_SE)
-                answers = run_in_rounds(x_TD, planned, self._swap, experts)
-                # Backward sends the rows a second time.
-                return gather(answers, routing.weight_TK, home), self._num_sent(sizes) * (TRIPS + 1)
-            sent = self._send(spread(x_TD, home), routing, home, sizes)
-        rows = experts(sent.rows_ND, sent.counts_E)
-        return self.combine(rows, routing, sent.metadata), sent.num_trips
+            rows = experts(sent.rows_ND, sent.counts_E)
+            return self.combine(rows, routing, sent.metadata), sent.num_trips
+        home, counts = self._home(routing)
+        sizes = self._sizes(routing, counts)
+        assert sizes.rows_SD is not None
+        rounds = num_rounds(int(sizes.rows_SD.sum(0).max()), self.budget)
+        planned = Rounds.plan(home, sizes.rows_SD, self.ep_rank, rounds, sizes.received_SE)
+        answers = run_in_rounds(x_TD, planned, self._swap, experts)
+        trips = TRIPS if rounds == 1 else TRIPS + 1  # backward sends the rows a second time
+        return gather(answers, routing.weight_TK, home), self._num_sent(sizes) * trips
 
     def _home(self, routing: Routing) -> tuple[Permutation, Tensor]:
         """This rank's rows in order of destination, and how many go to each ``[destination, local expert]``."""

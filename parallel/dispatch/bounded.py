@@ -8,9 +8,13 @@ anew, since rows that were kept would be as many as without rounds (cutting a la
 next to nothing). The order of exchanges is that of two plain loops, the same on every rank, also on one that gets
 no row in some round; a library's recomputation would leave it to which tensors a rank's graph happens to save.
 
-To whoever shards the experts (FSDP2, ZeRO-3) all rounds are one call of the module: weights are gathered once, and
-every weight gets one gradient, the sum over the rounds. So groups of ranks that share a weight but not an exchange
-may differ in their rounds.
+Where all fits into one round nothing is done twice: the round's graph is kept, or in a block that is recomputed
+what arrived.
+
+To whoever shards the experts (FSDP2, ZeRO) all rounds are one call of the module: weights are gathered once, and
+every weight gets one gradient, the sum over the rounds, in the same order however many there are (DeepSpeed adds
+up buckets that it fills in the order of arrival). So groups of ranks that share a weight but not an exchange may
+differ in their rounds.
 
 Shape suffixes as in :mod:`parallel.dispatch.base`; M rows received in a round.
 """
@@ -25,10 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from parallel.dispatch.permute import take, weighted_sum
 from parallel.dispatch.rounds import Round, Rounds
-from parallel.recompute import Rerun, recorded
+from parallel.recompute import Rerun, being_taped, recorded
 
 Swap = Callable[[Tensor, list[int], list[int], str], Tensor]
 """``(rows, send, recv, what)``: all-to-all of one round; ``what`` is said where exchanges are checked."""
@@ -95,45 +100,47 @@ def _unhooked(module: nn.Module) -> Iterator[None]:
 class _InRounds(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        rounds: Rounds,
-        swap: Swap,
-        experts: nn.Module,
-        *weights: nn.Parameter,
+        ctx: Any, x_TD: Tensor, rounds: Rounds, swap: Swap, experts: nn.Module, *weights: nn.Parameter
     ) -> Tensor:
         ctx.rounds, ctx.swap, ctx.experts, ctx.weights = rounds, swap, experts, weights
+        ctx.reruns = [Rerun() for _ in range(len(rounds))]
+        ctx.kept = None
         ctx.save_for_backward(x_TD)
         # An outer recomputation gets the answers of the first time, as it gets what any exchange brought.
-        ctx.reruns = recorded(lambda: [Rerun() for _ in range(len(rounds))])
         with _unhooked(experts):
-            answers = recorded(lambda: _answers(x_TD, rounds, swap, experts, ctx.reruns))
+            answers = recorded(lambda: _answers(ctx, x_TD))
         return answers.detach()  # the tape's own tensor must not hold a graph
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         (x_TD,) = ctx.saved_tensors
-        rounds, home = ctx.rounds, ctx.rounds.home
+        home = ctx.rounds.home
         sums = _Sums(ctx.weights)
-        grad_rows_ND = x_TD.new_zeros(rounds.num_rows, *x_TD.shape[1:])
-        for index, rerun in enumerate(ctx.reruns):
-            one, name = rounds[index], f"round {index + 1} of {len(rounds)}"
+        grad_rows_ND = x_TD.new_zeros(ctx.rounds.num_rows, *x_TD.shape[1:])
+        for index in range(len(ctx.rounds)):
+            one = ctx.rounds[index]
             with _unhooked(ctx.experts):
-                grad_rows = _backward(ctx, x_TD, grad_ND, one, rerun, name, sums)
-            grad_rows_ND.index_copy_(0, one.row_N, grad_rows)
+                grad_rows_ND.index_copy_(0, one.row_N, _backward(ctx, x_TD, grad_ND, index, one, sums))
         grad_x = weighted_sum(grad_rows_ND, home.row_of_pair_TK, None, home.partial)
         return grad_x, None, None, None, *sums.of_weights()
 
 
-def _answers(x_TD: Tensor, rounds: Rounds, swap: Swap, experts: nn.Module, reruns: list[Rerun]) -> Tensor:
+def _answers(ctx: Any, x_TD: Tensor) -> Tensor:
+    rounds: Rounds = ctx.rounds
+    single = len(rounds) == 1
     answers: Tensor | None = None
-    for index, rerun in enumerate(reruns):
-        one, name = rounds[index], f"round {index + 1} of {len(rounds)}"
-        arrived = _sorted(swap(_rows(x_TD, rounds, one), one.send, one.recv, f"dispatch, {name}"), one)
-        found = _unsorted(rerun.first(experts, arrived, one.counts_E), one)
+    for index, rerun in enumerate(ctx.reruns):
+        one, name = rounds[index], _name(index, rounds)
+        arrived = _sorted(ctx.swap(_rows(x_TD, rounds, one), one.send, one.recv, f"dispatch{name}"), one)
+        with _graph_of_its_own(arrived, single and not being_taped()):
+            found = rerun.first(ctx.experts, arrived, one.counts_E)
+        if single:
+            ctx.kept = arrived, found if found.requires_grad else None
         del arrived
-        found = swap(found, one.recv, one.send, f"combine, {name}")
+        found = ctx.swap(_unsorted(found.detach(), one), one.recv, one.send, f"combine{name}")
+        if single:
+            return found
         if answers is None:
             answers = found.new_zeros(rounds.num_rows, *found.shape[1:])
         answers.index_copy_(0, one.row_N, found)
@@ -141,16 +148,18 @@ def _answers(x_TD: Tensor, rounds: Rounds, swap: Swap, experts: nn.Module, rerun
     return answers
 
 
-def _backward(
-    ctx: Any, x_TD: Tensor, grad_ND: Tensor, one: Round, rerun: Rerun, name: str, sums: _Sums
-) -> Tensor:
+def _backward(ctx: Any, x_TD: Tensor, grad_ND: Tensor, index: int, one: Round, sums: _Sums) -> Tensor:
     """One round forward and backward: gradients of the rows it sends; those of the weights go into ``sums``."""
-    there, back = (one.send, one.recv), (one.recv, one.send)
-    arrived = _sorted(ctx.swap(_rows(x_TD, ctx.rounds, one), *there, f"dispatch again, {name}"), one)
-    grad = _sorted(ctx.swap(grad_ND.index_select(0, one.row_N), *there, f"combine (backward), {name}"), one)
-    arrived.requires_grad_()
-    with torch.enable_grad():
-        found = rerun.again(ctx.experts, arrived, one.counts_E)
+    name, there, back = _name(index, ctx.rounds), (one.send, one.recv), (one.recv, one.send)
+    found: Tensor | None = None
+    if ctx.kept is not None:
+        (arrived, found), ctx.kept = ctx.kept, None
+    else:
+        arrived = _sorted(ctx.swap(_rows(x_TD, ctx.rounds, one), *there, f"dispatch again{name}"), one)
+    grad = _sorted(ctx.swap(grad_ND.index_select(0, one.row_N), *there, f"combine (backward){name}"), one)
+    if found is None:
+        with _graph_of_its_own(arrived, True):
+            found = ctx.reruns[index].again(ctx.experts, arrived, one.counts_E)
     of_rows: Tensor | None = None
     if found.requires_grad:  # it need not, of experts that return early where no row arrived
         of_rows, *of_weights = torch.autograd.grad(found, (arrived, *ctx.weights), grad, allow_unused=True)
@@ -158,7 +167,23 @@ def _backward(
     del found, grad
     of_rows = torch.zeros_like(arrived) if of_rows is None else of_rows
     del arrived
-    return ctx.swap(_unsorted(of_rows, one), *back, f"dispatch (backward), {name}")
+    return ctx.swap(_unsorted(of_rows, one), *back, f"dispatch (backward){name}")
+
+
+def _name(index: int, rounds: Rounds) -> str:
+    return "" if len(rounds) == 1 else f", round {index + 1} of {len(rounds)}"
+
+
+@contextmanager
+def _graph_of_its_own(leaf: Tensor, wanted: bool) -> Iterator[None]:
+    """What is computed from ``leaf`` has a graph; what that saves is out of reach of hooks around it (an outer
+    checkpoint would count it among its own)."""
+    if not wanted:
+        yield
+        return
+    leaf.requires_grad_()
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 class _Sums:

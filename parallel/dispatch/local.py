@@ -42,10 +42,10 @@ class LocalDispatcher:
         counts_E = rows_of_experts(routing, routing.expert_TK)
         none = torch.zeros((), dtype=torch.int64, device=x_TD.device)
         num_rows = home.pair_of_row_N.shape[0]
-        rounds = 1 if self.budget is None else num_rounds(num_rows, self.budget)
-        if rounds == 1:
+        if self.budget is None:
             answers = experts(spread(x_TD, home), counts_E)
         else:
+            rounds = num_rounds(num_rows, self.budget)
             planned = Rounds.plan(home, torch.tensor([[num_rows]]), 0, rounds, counts_E[None])
             answers = run_in_rounds(x_TD, planned, _stay, experts)
         return gather(answers, routing.weight_TK, home), none

@@ -57,6 +57,7 @@ def shrink(asked: RunConfig, device: Device, recorder: CallbackConfig) -> tuple[
     train.micro_batch = min(2, train.micro_batch)
     train.global_batch = train.micro_batch * dims.dp * (3 if accumulation > 1 else 1)  # 3: no degree's factor
     train.seq_len, train.steps = 24, STEPS
+    _shrink_budget(c)
     train.dtype, train.num_threads, c.device = Dtype.fp32, 1, device
     c.optim.schedule, c.optim.warmup_steps, c.optim.lr = Schedule.constant, 0, 1e-3
     c.optim.max_grad_norm = min(0.1, c.optim.max_grad_norm)  # so that it clips, if it ever does
@@ -133,6 +134,23 @@ def _shrink_experts(c: RunConfig) -> None:
         balance.coefficient = balance.coefficient or 0.01
     if layout.router is not RouterName.hash:
         balance.router_z = balance.router_z or 0.001
+
+
+def _shrink_budget(c: RunConfig) -> None:
+    """Few enough rows at a time that some rank of each exchange gets its rows in two rounds or more.
+
+    A rank sends as many as it is sent on average: the most anyone gets is no less. A share of the choices may be
+    experts that compute nothing.
+    """
+    if c.parallel.max_tokens_in_flight is None:
+        return
+    layout = c.layout
+    num_rows = c.train.micro_batch * c.train.seq_len * layout.top_k
+    if layout.capacity_factor is not None:
+        num_rows = math.ceil(num_rows * min(1.0, layout.capacity_factor))
+    computing = layout.num_experts / (layout.num_experts + layout.num_zero_experts + layout.num_copy_experts)
+    budget = max(1, int(num_rows * computing * 0.3))
+    c.parallel.max_tokens_in_flight = min(budget, c.parallel.max_tokens_in_flight)
 
 
 def changes(asked: Any, run: Any, prefix: str = "") -> list[Change]:
