@@ -86,7 +86,7 @@ class OneLayer:
 def bound(sizes: Sizes, world: int, budget: int) -> int:
     """Bytes that no rank's step exceeds in fp32, however the tokens are routed (docs/memory.md)."""
     D, F = sizes.dim, sizes.ffn_dim
-    in_flight = min(budget, world * sizes.rows) * (max(6 * F + 3 * D, 2 * F + 6 * D) + 6)
+    in_flight = min(budget, world * sizes.rows) * (max(6 * F + 2 * D, 2 * F + 5 * D) + 6)
     weights = 3 * (sizes.experts // world) * D * F
     at_home = sizes.rows * (2 * D + 12) + sizes.tokens * D
     combining = sizes.rows * (5 * D + 12) + sizes.tokens * D

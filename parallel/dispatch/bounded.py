@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from parallel.dispatch.permute import take, weighted_sum
 from parallel.dispatch.rounds import Round, Rounds
@@ -49,7 +49,7 @@ def run_in_rounds(x_TD: Tensor, rounds: Rounds, swap: Swap, experts: nn.Module) 
     def in_rounds(x_TD: Tensor) -> Tensor:
         # Asked for anew: while FSDP2 computes, other parameters stand in the module.
         weights = [p for p in experts.parameters() if p.requires_grad]
-        return _InRounds.apply(x_TD, rounds, swap, experts, *weights)
+        return _InRounds.apply(x_TD, rounds, swap, experts, torch.is_grad_enabled(), *weights)
 
     return _inside_calls(list(_hooked(experts)), in_rounds, x_TD)
 
@@ -100,8 +100,15 @@ def _unhooked(module: nn.Module) -> Iterator[None]:
 class _InRounds(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, rounds: Rounds, swap: Swap, experts: nn.Module, *weights: nn.Parameter
+        ctx: Any,
+        x_TD: Tensor,
+        rounds: Rounds,
+        swap: Swap,
+        experts: nn.Module,
+        backward_follows: bool,
+        *weights: nn.Parameter,
     ) -> Tensor:
+        ctx.keeps = backward_follows and len(rounds) == 1
         ctx.rounds, ctx.swap, ctx.experts, ctx.weights = rounds, swap, experts, weights
         ctx.reruns = [Rerun() for _ in range(len(rounds))]
         ctx.kept = None
@@ -117,33 +124,30 @@ class _InRounds(torch.autograd.Function):
         (x_TD,) = ctx.saved_tensors
         home = ctx.rounds.home
         sums = _Sums(ctx.weights)
-        grad_rows_ND = x_TD.new_zeros(ctx.rounds.num_rows, *x_TD.shape[1:])
+        grad_rows_ND: Tensor | None = None
         for index in range(len(ctx.rounds)):
             one = ctx.rounds[index]
             with _unhooked(ctx.experts):
-                grad_rows_ND.index_copy_(0, one.row_N, _backward(ctx, x_TD, grad_ND, index, one, sums))
+                grad = _backward(ctx, x_TD, grad_ND, index, one, sums)
+            grad_rows_ND = _put(grad, one, ctx.rounds, grad_rows_ND)
+        assert grad_rows_ND is not None, "there is at least one round"
         grad_x = weighted_sum(grad_rows_ND, home.row_of_pair_TK, None, home.partial)
-        return grad_x, None, None, None, *sums.of_weights()
+        return grad_x, None, None, None, None, *sums.of_weights()
 
 
 def _answers(ctx: Any, x_TD: Tensor) -> Tensor:
     rounds: Rounds = ctx.rounds
-    single = len(rounds) == 1
     answers: Tensor | None = None
     for index, rerun in enumerate(ctx.reruns):
         one, name = rounds[index], _name(index, rounds)
         arrived = _sorted(ctx.swap(_rows(x_TD, rounds, one), one.send, one.recv, f"dispatch{name}"), one)
-        with _graph_of_its_own(arrived, single and not being_taped()):
+        with _graph_of_its_own(arrived, ctx.keeps and not being_taped()):
             found = rerun.first(ctx.experts, arrived, one.counts_E)
-        if single:
-            ctx.kept = arrived, found if found.requires_grad else None
+        if ctx.keeps:
+            ctx.kept = arrived, _edge(found)
         del arrived
         found = ctx.swap(_unsorted(found.detach(), one), one.recv, one.send, f"combine{name}")
-        if single:
-            return found
-        if answers is None:
-            answers = found.new_zeros(rounds.num_rows, *found.shape[1:])
-        answers.index_copy_(0, one.row_N, found)
+        answers = _put(found, one, rounds, answers)
     assert answers is not None, "there is at least one round"
     return answers
 
@@ -151,23 +155,41 @@ def _answers(ctx: Any, x_TD: Tensor) -> Tensor:
 def _backward(ctx: Any, x_TD: Tensor, grad_ND: Tensor, index: int, one: Round, sums: _Sums) -> Tensor:
     """One round forward and backward: gradients of the rows it sends; those of the weights go into ``sums``."""
     name, there, back = _name(index, ctx.rounds), (one.send, one.recv), (one.recv, one.send)
-    found: Tensor | None = None
+    edge: GradientEdge | None = None
     if ctx.kept is not None:
-        (arrived, found), ctx.kept = ctx.kept, None
+        (arrived, edge), ctx.kept = ctx.kept, None
     else:
         arrived = _sorted(ctx.swap(_rows(x_TD, ctx.rounds, one), *there, f"dispatch again{name}"), one)
     grad = _sorted(ctx.swap(grad_ND.index_select(0, one.row_N), *there, f"combine (backward){name}"), one)
-    if found is None:
+    if edge is None:
         with _graph_of_its_own(arrived, True):
-            found = ctx.reruns[index].again(ctx.experts, arrived, one.counts_E)
+            edge = _edge(ctx.reruns[index].again(ctx.experts, arrived, one.counts_E))
     of_rows: Tensor | None = None
-    if found.requires_grad:  # it need not, of experts that return early where no row arrived
-        of_rows, *of_weights = torch.autograd.grad(found, (arrived, *ctx.weights), grad, allow_unused=True)
+    if edge is not None:
+        leaves = (arrived, *ctx.weights)
+        of_rows, *of_weights = torch.autograd.grad(edge, leaves, grad, allow_unused=True)
         sums.add(of_weights)
-    del found, grad
+    del edge, grad
     of_rows = torch.zeros_like(arrived) if of_rows is None else of_rows
     del arrived
     return ctx.swap(_unsorted(of_rows, one), *back, f"dispatch (backward){name}")
+
+
+def _edge(found: Tensor) -> GradientEdge | None:
+    """Where the backward of a round begins, without holding on to its answers.
+
+    None where they have no graph, as of experts that return early where no row arrived.
+    """
+    return get_gradient_edge(found) if found.requires_grad else None
+
+
+def _put(part: Tensor, one: Round, rounds: Rounds, whole: Tensor | None) -> Tensor:
+    """A round's rows in their places among all of the home rows (a single round has all, in order)."""
+    if len(rounds) == 1:
+        return part
+    if whole is None:
+        whole = part.new_zeros(rounds.num_rows, *part.shape[1:])
+    return whole.index_copy_(0, one.row_N, part)
 
 
 def _name(index: int, rounds: Rounds) -> str:

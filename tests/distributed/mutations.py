@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import parallel.dispatch.all_to_all
+import parallel.dispatch.bounded
 import parallel.engines.native
 import trainer.moe.balance
 import trainer.moe.experts
@@ -256,6 +257,18 @@ def router_bias_from_own_counts_only(config: RunConfig, rank: int) -> AbstractCo
         return replace(totals, counts_LE=counts)
 
     return patch.object(Sums, "reduce", reduce)
+
+
+@mutation
+def a_round_forgets_those_before_it(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
+    sums = parallel.dispatch.bounded._Sums
+    original = sums.add
+
+    def add(self: Any, grads: Any) -> None:
+        self._sums = [None] * len(grads)
+        original(self, grads)
+
+    return patch.object(sums, "add", add)
 
 
 @mutation

@@ -58,6 +58,12 @@ def prove(pool: Pool, tmp_path: Path, overrides: list[str], mutation: str | None
         ["layout=deepseek", "train.activation_checkpointing=true", *HSDP],
         ["layout=switch", "model.tied_embeddings=true", *TWO],
         ["layout=dense", "launcher.nproc_per_node=2"],
+        [
+            "layout=gshard",
+            "parallel.max_tokens_in_flight=100000",
+            "train.activation_checkpointing=true",
+            *TWO,
+        ],
     ],
     ids=str,
 )
@@ -94,6 +100,11 @@ CAUGHT: dict[str, tuple[list[str], str, str]] = {
     "moments_of_experts_permuted": (TWO, "state after resume", "optim.exp_avg"),
     "optimizer_forgets_its_step_count": (TWO, "state after resume", "optim.step"),
     "data_repeated_after_resume": (TWO, "samples", "the data of the step before it is repeated"),
+    "a_round_forgets_those_before_it": (
+        ["layout=switch", "parallel.max_tokens_in_flight=100000", *TWO],
+        "gradients",
+        "only expert gradients deviate",
+    ),
     "router_bias_from_own_counts_only": (["layout=deepseek", *TWO], "routed counts", "MoE layer 0"),
 }
 

@@ -173,3 +173,19 @@ def test_hooks_see_one_call_around_all_rounds() -> None:
     assert seen == ["before", "after"]
     experts(x, torch.tensor([T, 0, 0, 0]))
     assert seen == ["before", "after"] * 2
+
+
+def test_without_gradients_the_answers_are_the_same_and_no_graph_is_made() -> None:
+    for budget in (1000, 7):
+        experts = Noisy()
+        seen: list[bool] = []
+        forward = experts.forward
+        experts.forward = lambda *args: seen.append(torch.is_grad_enabled()) or forward(*args)  # type: ignore
+        x = torch.randn(T, D)
+        with torch.no_grad():
+            y = LocalDispatcher(budget).run(x, routed("dropless"), experts)[0]
+        expected = LocalDispatcher().run(x, routed("dropless"), Noisy())[0]
+        torch.testing.assert_close(y, expected.detach())
+        assert not y.requires_grad
+        assert len(seen) == num_rounds(T * K, budget)
+        assert not any(seen)
