@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.dispatch.base import Routing
+from parallel.dispatch.bounded import run_in_rounds
 from parallel.dispatch.local import LocalDispatcher
 from parallel.dispatch.permute import Permutation
 from parallel.dispatch.rounds import Rounds, cut, num_rounds
@@ -175,17 +176,47 @@ def test_hooks_see_one_call_around_all_rounds() -> None:
     assert seen == ["before", "after"] * 2
 
 
-def test_without_gradients_the_answers_are_the_same_and_no_graph_is_made() -> None:
-    for budget in (1000, 7):
-        experts = Noisy()
-        seen: list[bool] = []
-        forward = experts.forward
-        experts.forward = lambda *args: seen.append(torch.is_grad_enabled()) or forward(*args)  # type: ignore
-        x = torch.randn(T, D)
-        with torch.no_grad():
-            y = LocalDispatcher(budget).run(x, routed("dropless"), experts)[0]
-        expected = LocalDispatcher().run(x, routed("dropless"), Noisy())[0]
-        torch.testing.assert_close(y, expected.detach())
-        assert not y.requires_grad
-        assert len(seen) == num_rounds(T * K, budget)
-        assert not any(seen)
+@pytest.mark.parametrize("budget", [1000, 7])
+def test_without_gradients_the_answers_are_the_same_and_no_graph_is_made(budget: int) -> None:
+    experts, plain = Noisy(), Noisy()
+    seen: list[bool] = []
+
+    def forward(rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return plain(rows_ND, counts_E)
+
+    experts.forward = forward  # type: ignore[method-assign]
+    x = torch.randn(T, D)
+    with torch.no_grad():
+        y = LocalDispatcher(budget).run(x, routed("dropless"), experts)[0]
+        expected = LocalDispatcher().run(x, routed("dropless"), plain)[0]
+    torch.testing.assert_close(y, expected)
+    assert seen == [False] * num_rounds(T * K, budget)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_exchanges_come_in_one_order_and_are_named(outer: bool) -> None:
+    """A recomputed block exchanges no more than one that is not."""
+    named: list[str] = []
+
+    def swap(rows: Tensor, send: list[int], recv: list[int], what: str) -> Tensor:
+        named.append(what)
+        return rows
+
+    home = Permutation.by_key(torch.arange(T)[:, None])
+    experts = Noisy()
+    for rounds, suffixes in ((1, [""]), (2, [", round 1 of 2", ", round 2 of 2"])):
+        plan = Rounds.plan(home, torch.tensor([[T]]), 0, rounds, torch.tensor([[T, 0, 0, 0]]))
+        x = torch.randn(T, D, requires_grad=True)
+
+        def layer(x: Tensor, plan: Rounds = plan) -> Tensor:
+            return run_in_rounds(x, plan, swap, experts).sin()
+
+        (recomputed(layer, x) if outer else layer(x)).sum().backward()
+        again = ["dispatch again"] if rounds > 1 else []
+        backward = [*again, "combine (backward)", "dispatch (backward)"]
+        forward = ["dispatch", "combine"]
+        assert named == [
+            kind + suffix for kinds in (forward, backward) for suffix in suffixes for kind in kinds
+        ]
+        named.clear()
