@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.one_layer import OneLayer, Sizes, bound
 from parallel.dispatch.rounds import num_rounds
 from parallel.engines.base import StateSlice
+from parallel.errors import ConfigError
 from parallel.mesh import build_meshes
 from tests.distributed import cases, oracle
 from tests.distributed.pool import Pool
@@ -123,3 +124,15 @@ def test_peak_memory_keeps_to_its_bound_at_every_skew(pool: Pool, world: int) ->
     assert num_rounds(hot["rows"], budget) == 2 * world
     assert hot[budget] > 0.85 * allowed, "the bound says how much it is, not only how much it is not"
     assert hot[None] > 1.5 * allowed, "without a budget memory grows with the skew"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"{BUDGET}=0"], f"{BUDGET}=0: must be above 0, or null for no bound. Fix: {BUDGET}=null"),
+        (["layout=dense", f"{BUDGET}=9"], f"{BUDGET}=9: layout=dense has no experts whose rows it could bound"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cases.small_config(*overrides)
