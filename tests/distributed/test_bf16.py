@@ -26,11 +26,12 @@ def test_norms_and_routers_are_never_rounded(pool: Pool, world: int, ep: int) ->
         assert seen["masters"] == "torch.float32"
 
 
-@pytest.mark.parametrize("recompute", ["true", "false"])
-def test_bf16_learns_as_one_process_does(pool: Pool, recompute: str) -> None:
+@pytest.mark.parametrize(("recompute", "budget"), [("true", "null"), ("false", "null"), ("false", "30")])
+def test_bf16_learns_as_one_process_does(pool: Pool, recompute: str, budget: str) -> None:
     """Not to fp32 tolerance: sums of bf16 products differ in order. The curves stay together."""
     options = ["layout=mixtral", "train.dtype=bf16", f"train.activation_checkpointing={recompute}"]
     one = cases.small_config(*options)
+    options.append(f"parallel.max_tokens_in_flight={budget}")
     four = cases.small_config(*options, "launcher.nproc_per_node=4", "parallel.ep=2")
     alone = pool.run(cases.train, 1, one, 6)[0]
     spread = pool.run(cases.train, 4, four, 6)[0]

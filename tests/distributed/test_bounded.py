@@ -130,7 +130,10 @@ def test_peak_memory_keeps_to_its_bound_at_every_skew(pool: Pool, world: int) ->
     ("overrides", "message"),
     [
         ([f"{BUDGET}=0"], f"{BUDGET}=0: must be above 0, or null for no bound. Fix: {BUDGET}=null"),
-        (["layout=dense", f"{BUDGET}=9"], f"{BUDGET}=9: layout=dense has no experts whose rows it could bound"),
+        (
+            ["layout=dense", f"{BUDGET}=9"],
+            f"{BUDGET}=9: layout=dense has no experts whose rows it could bound",
+        ),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
