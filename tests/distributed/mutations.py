@@ -28,7 +28,8 @@ from trainer.checkpoint.resume import Checkpoint
 from trainer.config import RunConfig, parallel_dims
 from trainer.data.loader import _RowLoader
 from trainer.models.transformer import Block
-from trainer.moe.router import Router
+from trainer.moe.positions import Positions
+from trainer.moe.router import Router, Scored
 from trainer.step import Stepper, Sums
 
 Mutation = Callable[[RunConfig, int], AbstractContextManager[Any]]
@@ -129,10 +130,14 @@ def balance_loss_divided_by_dp(config: RunConfig, rank: int) -> AbstractContextM
 
 @mutation
 def router_in_bf16(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
-    original = Router._scores
-    return patch.object(
-        Router, "_scores", lambda self, logits: original(self, logits.to(torch.bfloat16).float())
-    )
+    original = Router._score
+
+    def score(self: Router, x: Tensor, positions: Positions) -> Scored:
+        scored = original(self, x, positions)
+        probability = scored.logits[0].to(torch.bfloat16).float().softmax(-1)
+        return scored._replace(score_BSE=probability, probability_BSE=probability)
+
+    return patch.object(Router, "_score", score)
 
 
 @mutation
