@@ -3,6 +3,7 @@
     python -m trainer --config RUN_DIR/config.yaml          what `muster` starts
     torchrun --nproc-per-node 2 -m trainer run.id=a OVERRIDES
     torchrun --nproc-per-node 2 -m trainer RUN_DIR/config.yaml
+    python -m trainer --config FOLDER/config.yaml --job     what `muster generate` and `evaluate` start
 
 Without `muster`, rank 0 composes the config and chooses the run directory, and every rank uses its choice.
 """
@@ -47,6 +48,11 @@ def main(argv: list[str]) -> NoReturn:
 
         arrival = arrive(argv, under_agent)
         first_to_speak = arrival.first_to_speak
+        if "--job" in argv:
+            from trainer.inference import run_job
+
+            run_job(arrival.config, arrival.run_dir, arrival.place)
+            _leave(0)
         from trainer.run import run_worker
 
         finished = run_worker(arrival.config, arrival.run_dir, arrival.place, stop)

@@ -19,9 +19,8 @@ from parallel.errors import ConfigError
 from parallel.exchange_check import ExchangeCheck
 from parallel.mesh import Meshes
 from trainer.callbacks import Callback
-from trainer.checkpoint.resume import open_checkpoint
-from trainer.compose import load_frozen
-from trainer.config import Device, Dtype, EngineName, RunConfig, Sharding
+from trainer.checkpoint.resume import Checkpoint
+from trainer.config import Dtype, EngineName, RunConfig, Sharding
 from trainer.data.tokenizer import TextTokenizer
 from trainer.ds_config import accumulation, deepspeed_settings
 from trainer.models.init import fill_buffers
@@ -192,27 +191,54 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
 
 @dataclass(frozen=True)
 class Inference:
-    """A checkpoint's model in one process."""
+    """A checkpoint's model, whole in this process or this rank's part of it; ``checkpoint`` is where it is from."""
 
     config: RunConfig
     model: nn.Module
     tokenizer: TextTokenizer
     device: torch.device
+    checkpoint: Checkpoint
 
 
-def load_for_inference(path: Path) -> Inference:
-    """Load the weights of a run's newest valid checkpoint, or of one checkpoint, into this process.
+def load_for_inference(
+    checkpoint: Checkpoint, config: RunConfig, device: torch.device, meshes: Meshes | None = None
+) -> Inference:
+    """Load a checkpoint's weights: no gradients, no optimizer.
+
+    Args:
+        config: the run's, with the layout that is wanted here.
+        meshes: of the ranks that hold the model between them, whatever engine trained it; None: this process
+            holds all of it.
 
     Raises:
-        ConfigError: nothing valid is there.
+        ConfigError: it does not fit the config, a file of it has changed, or there is no tokenizer.
     """
-    checkpoint = open_checkpoint(path)
-    run_dir = checkpoint.path.parent.parent
-    config = load_frozen(run_dir / "config.yaml")
-    on_gpu = config.device is Device.cuda and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    model = build_model(config, LocalDispatcher()).to_empty(device=device)
-    fill_buffers(model)
-    checkpoint.load_into(whole_state(model), prefix="model.")
-    tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
-    return Inference(config, model.eval(), tokenizer, device)
+    dispatcher = LocalDispatcher() if meshes is None else build_dispatcher(meshes)
+    model = build_model(config, dispatcher)
+    if meshes is None:
+        model.to_empty(device=device)
+        fill_buffers(model)
+        checkpoint.load_into(whole_state(model), prefix="model.")
+    else:
+        from parallel.engines.native import NativeEngine
+
+        engine = NativeEngine(
+            meshes,
+            device,
+            torch_dtype(config),
+            # An optimizer without state: nothing is allocated for it.
+            lambda named: torch.optim.SGD([parameter for _, parameter in named]),
+            config.engine.reshard_after_forward,
+        )
+        engine.prepare(model)
+        fill_buffers(engine.model)
+        weights = (piece for piece in engine.named_state() if piece.name.startswith("model."))
+        checkpoint.load_into(weights, prefix="model.")
+        model = engine.model
+    tokenizer = TextTokenizer.load(run_of(checkpoint) / "tokenizer.json", field="tokenizer")
+    return Inference(config, model.eval(), tokenizer, device, checkpoint)
+
+
+def run_of(checkpoint: Checkpoint) -> Path:
+    """The run directory that a checkpoint stands in."""
+    return checkpoint.path.parent.parent

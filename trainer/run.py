@@ -84,6 +84,25 @@ def run_worker(config: RunConfig, run_dir: Path, place: Place, stop: StopSignal)
     # Filling every new tensor with NaN costs time and only shows reads of memory that was never written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(mix64_int(config.train.seed + (place.rank << 32)) >> 1)
+    device, control = join_ranks(config, place)
+    dims = parallel_dims(config)
+    meshes = build_meshes(dims, device.type)
+    trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
+    if not gc.isenabled():  # trainer/__main__.py: for the imports
+        gc.freeze()  # modules stay: no later collection need go through them
+        gc.enable()
+    try:
+        return trainer.train()
+    finally:
+        trainer.log.close()
+
+
+def join_ranks(config: RunConfig, place: Place) -> tuple[torch.device, dist.ProcessGroup]:
+    """This rank's device, and a gloo group over all ranks beside the default group. Collective.
+
+    Raises:
+        ConfigError: there is no GPU for this rank.
+    """
     device = _device(config, place)
     timeout = timedelta(seconds=config.resilience.collective_timeout_seconds)
     dist.init_process_group(
@@ -96,16 +115,7 @@ def run_worker(config: RunConfig, run_dir: Path, place: Place, stop: StopSignal)
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
-    dims = parallel_dims(config)
-    meshes = build_meshes(dims, device.type)
-    trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
-    if not gc.isenabled():  # trainer/__main__.py: for the imports
-        gc.freeze()  # modules stay: no later collection need go through them
-        gc.enable()
-    try:
-        return trainer.train()
-    finally:
-        trainer.log.close()
+    return device, control
 
 
 def _device(config: RunConfig, place: Place) -> torch.device:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import AttentionKind, ModelConfig, QkNorm
+from trainer.models.cache import Remember
 from trainer.models.layers import Linear, RMSNorm, rotate
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -44,7 +45,9 @@ class GroupedQueryAttention(nn.Module):
             self.q_norm = RMSNorm(q_dim if whole else self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_dim if whole else self.head_dim, config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, table: RotaryTable, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, table: RotaryTable, mask: Tensor | None, remember: Remember | None = None
+    ) -> Tensor:
         batch, length, _ = x_BSD.shape
         q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
         if self.qk_norm is QkNorm.full:
@@ -54,8 +57,10 @@ class GroupedQueryAttention(nn.Module):
         v = v.view(batch, length, self.num_kv_heads, self.head_dim)
         if self.qk_norm is QkNorm.head:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), table), rotate(k.transpose(1, 2), table)
-        y = attend(q, k, v.transpose(1, 2), mask)
+        q, k, v = rotate(q.transpose(1, 2), table), rotate(k.transpose(1, 2), table), v.transpose(1, 2)
+        if remember is not None:
+            k, v = remember(k, v)
+        y = attend(q, k, v, mask)
         return self.wo(y.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -63,7 +68,7 @@ class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
     Queries and keys/values pass through low-rank latents; the rotary part of the key is one head shared by
-    all.
+    all. With a cache only the latent and that part are kept of a token.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,19 +85,47 @@ class LatentAttention(nn.Module):
         self.wkv_b = Linear(m.kv_lora_rank, self.num_heads * (self.nope + self.v_dim))
         self.wo = Linear(self.num_heads * self.v_dim, config.dim)
 
-    def forward(self, x_BSD: Tensor, table: RotaryTable, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, table: RotaryTable, mask: Tensor | None, remember: Remember | None = None
+    ) -> Tensor:
         batch, length, _ = x_BSD.shape
         q = self.wq_b(self.q_norm(self.wq_a(x_BSD)))
         q = q.view(batch, length, self.num_heads, self.nope + self.rope).transpose(1, 2)
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.wkv_a(x_BSD).split([self.kv_rank, self.rope], dim=-1)
-        kv = self.wkv_b(self.kv_norm(latent))
+        latent, k_rope, q_rope = self.kv_norm(latent), rotate(k_rope[:, None], table), rotate(q_rope, table)
+        if remember is not None:
+            assert mask is not None
+            y = self._attend_latents(q_nope, q_rope, *remember(latent[:, None], k_rope), mask)
+            return self.wo(y.transpose(1, 2).reshape(batch, length, -1))
+        kv = self.wkv_b(latent)
         kv = kv.view(batch, length, self.num_heads, self.nope + self.v_dim).transpose(1, 2)
         k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)
-        k_rope = rotate(k_rope[:, None], table).expand(-1, self.num_heads, -1, -1)
-        q = torch.cat([q_nope, rotate(q_rope, table)], dim=-1)
-        y = attend(q, torch.cat([k_nope, k_rope], dim=-1), v, mask)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        y = attend(q, torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1), v, mask)
         return self.wo(y.transpose(1, 2).reshape(batch, length, -1))
+
+    def _attend_latents(
+        self, q_nope: Tensor, q_rope: Tensor, latent_B1LR: Tensor, k_rope: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Attention over latents, ``[B, H, S, v_dim]``: the same sums without a key or value of any head.
+
+        ``q · (W_k c) = (W_kᵀ q) · c`` and ``Σ p W_v c = W_v Σ p c`` (the paper's section 2.1.2): the heads
+        become queries of one head whose keys and values are the latents, so that a token costs what is kept
+        of it and not ``num_heads`` times as much.
+        """
+        batch, heads, length, _ = q_nope.shape
+        up = self.wkv_b.weight.to(q_nope.dtype).view(heads, self.nope + self.v_dim, self.kv_rank)
+        up_k, up_v = up.split([self.nope, self.v_dim], dim=1)
+        q = torch.cat([torch.einsum("bhsn,hnr->bhsr", q_nope, up_k), q_rope], dim=-1)
+        y = F.scaled_dot_product_attention(
+            q.flatten(1, 2)[:, None],
+            torch.cat([latent_B1LR, k_rope], dim=-1),
+            latent_B1LR,
+            attn_mask=mask.expand(-1, heads, -1, -1).flatten(1, 2)[:, None],
+            scale=(self.nope + self.rope) ** -0.5,
+        )
+        return torch.einsum("bhsr,hvr->bhsv", y.view(batch, heads, length, -1), up_v)
 
 
 def build_attention(config: ModelConfig) -> nn.Module:
@@ -100,6 +133,13 @@ def build_attention(config: ModelConfig) -> nn.Module:
     if config.attention is AttentionKind.mla:
         return LatentAttention(config)
     return GroupedQueryAttention(config)
+
+
+def kept_shape(config: ModelConfig) -> tuple[int, tuple[int, int]]:
+    """What attention keeps of a token in a layer: heads, and the widths of the two tensors."""
+    if config.attention is AttentionKind.mla:
+        return 1, (config.mla.kv_lora_rank, config.mla.qk_rope_head_dim)
+    return config.num_kv_heads, (config.head_dim, config.head_dim)
 
 
 def rotary_dim(config: ModelConfig) -> int:

@@ -14,7 +14,8 @@ from parallel.dispatch.base import Dispatcher
 from parallel.recompute import recomputed
 from trainer.config import Dtype, ModelConfig, RunConfig
 from trainer.data.batch import IGNORED
-from trainer.models.attention import build_attention, document_mask, rotary_dim
+from trainer.models.attention import RotaryTable, build_attention, document_mask, kept_shape, rotary_dim
+from trainer.models.cache import KvCache, Remember
 from trainer.models.layers import FeedForward, Linear, RMSNorm, rotary_table
 from trainer.moe.balance import MoeStats
 from trainer.moe.layer import MoeLayer
@@ -56,16 +57,26 @@ class Block(nn.Module):
         self.takes_positions = not takes(feed_forward, 1)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, positions: Positions
+        self,
+        x: Tensor,
+        table: RotaryTable,
+        mask: Tensor | None,
+        positions: Positions,
+        remember: Remember | None = None,
     ) -> tuple[Tensor, MoeStats | None]:
         if self.recompute and torch.is_grad_enabled():
             return recomputed(self._forward, x, table, mask, positions)
-        return self._forward(x, table, mask, positions)
+        return self._forward(x, table, mask, positions, remember)
 
     def _forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, positions: Positions
+        self,
+        x: Tensor,
+        table: RotaryTable,
+        mask: Tensor | None,
+        positions: Positions,
+        remember: Remember | None = None,
     ) -> tuple[Tensor, MoeStats | None]:
-        x = x + self.attention(self.attention_norm(x), table, mask)
+        x = x + self.attention(self.attention_norm(x), table, mask, remember)
         normed = self.ffn_norm(x)
         y = self.feed_forward(normed, positions) if self.takes_positions else self.feed_forward(normed)
         y, stats = y if isinstance(y, tuple) else (y, None)
@@ -116,6 +127,7 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
         sample_ids_B: Tensor | None = None,
+        cache: KvCache | None = None,
     ) -> Losses | Tensor:
         """Losses against targets, or without targets the logits.
 
@@ -125,13 +137,17 @@ class Transformer(nn.Module):
             document_ids_BS: if given, no position attends beyond its own document.
             sample_ids_B: each row's place in the order of training, int64, from which the noise of a layout
                 that has some is drawn; None: no noise.
+            cache: from :meth:`make_cache`, after ``next``: the tokens go on where each row of it ends.
 
         Returns:
-            ``Losses``, or logits ``[B, S, vocab_size]`` in fp32.
+            ``Losses``, or logits ``[B, S, vocab_size]`` in fp32; with a cache those after the last real token
+            of each row, ``[B, vocab_size]``.
         """
         x = F.embedding(tokens_BS, self.embedding.weight).to(self.dtype)
+        if cache is not None:
+            return self._next_logits(x, tokens_BS, cache)
         mask = None if document_ids_BS is None else document_mask(document_ids_BS)
-        table = rotary_table(tokens_BS.shape[1], rotary_dim(self.config), self.config.rope_theta, x.device)
+        table = self._rotary_table(tokens_BS.shape[1], x.device)
         counted = torch.ones_like(tokens_BS) if targets_BS is None else targets_BS != IGNORED
         keys = None if sample_ids_B is None else sample_keys(sample_ids_B, self.seed)
         positions = Positions(counted.float(), tokens_BS, keys)
@@ -140,15 +156,34 @@ class Transformer(nn.Module):
             x, stats = block(x, table, mask, positions)
             if stats is not None:
                 moe.append(stats)
-        x = self.norm(x)
-        head = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(x, head.to(x.dtype)).float()
+        logits = self._logits(x)
         if targets_BS is None:
             return logits
         loss = F.cross_entropy(
             logits.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         return Losses(loss, tuple(moe))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        head = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(x, head.to(x.dtype)).float()
+
+    def _rotary_table(self, length: int, device: torch.device) -> RotaryTable:
+        return rotary_table(length, rotary_dim(self.config), self.config.rope_theta, device)
+
+    def make_cache(self, num_rows: int, size: int, device: torch.device) -> KvCache:
+        """An empty cache for rows of at most ``size`` tokens."""
+        num_heads, widths = kept_shape(self.config)
+        table = self._rotary_table(size, device)
+        return KvCache(len(self.layers), num_rows, size, num_heads, widths, table, self.dtype)
+
+    def _next_logits(self, x: Tensor, tokens_BS: Tensor, cache: KvCache) -> Tensor:
+        positions = Positions(torch.ones(x.shape[:2], device=x.device), tokens_BS, None)
+        for index, block in enumerate(self.layers):
+            x, _ = block(x, cache.table, cache.mask, positions, cache.layer(index))
+        rows = torch.arange(len(x), device=x.device)
+        return self._logits(x[rows, cache.last_B])
 
     def shard_units(self) -> list[nn.Module]:
         """Modules an engine gathers and frees as a whole."""
