@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.outcome import Outcome
 from parallel.errors import ConfigError
 
-COMMANDS = ("train", "resume", "submit", "verify", "generate", "report", "doctor", "completion")
+COMMANDS = ("train", "resume", "submit", "verify", "generate", "evaluate", "report", "doctor", "completion")
 
 _BASH = """\
 _muster_complete() {
@@ -37,7 +37,22 @@ compdef _muster_complete muster
 
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH}
 
-_OPTIONS = {"generate": ["prompt=", "max_new_tokens=", "temperature=", "top_p=", "seed="]}
+_OPTIONS = {
+    "generate": [
+        f"{name}="
+        for name in (
+            "prompt prompts_file num_samples max_new_tokens temperature top_p top_k seed batch_size json "
+            "launcher.nproc_per_node parallel.ep"
+        ).split()
+    ],
+    "evaluate": [
+        f"{name}="
+        for name in (
+            "data eval.max_rows tasks include_path num_fewshot limit batch_size json "
+            "launcher.nproc_per_node parallel.ep"
+        ).split()
+    ],
+}
 
 
 def main(argv: list[str]) -> Outcome:
@@ -65,7 +80,7 @@ def complete(line: str) -> list[str]:
     command, before = words[1], words[2:]
     if command in ("train", "submit", "verify") or (command == "resume" and before):
         return _overrides(before, word)
-    if command in ("resume", "generate", "report"):
+    if command in ("resume", "generate", "evaluate", "report"):
         if before:
             return [option for option in _OPTIONS.get(command, []) if option.startswith(word)]
         return _runs(word)

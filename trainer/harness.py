@@ -6,7 +6,6 @@ answers; to the harness each looks like a world of its own.
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,9 +167,9 @@ class Tasks:
 
 
 def require_harness(tasks: Tasks) -> None:
-    """Raises ConfigError where lm-eval is not installed or does not know one of the tasks."""
+    """Raises ConfigError where lm-eval is not installed."""
     try:
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             "tasks",
@@ -178,50 +177,59 @@ def require_harness(tasks: Tasks) -> None:
             f"tasks are run by lm-eval, which cannot be imported ({error})",
             "pip install 'muster-moe[eval]'",
         ) from None
-    if tasks.include_path is not None and not Path(tasks.include_path).is_dir():
-        raise ConfigError(
-            "include_path", tasks.include_path, "is not a directory", "the folder of your tasks"
-        )
-    manager = TaskManager(include_path=tasks.include_path)
-    known = manager.match_tasks(tasks.names)
-    for name in tasks.names:
-        if name not in known:
-            raise ConfigError("tasks", name, "lm-eval knows no such task", "`lm-eval ls tasks` lists them")
 
 
-def run_tasks(inference: Inference, tasks: Tasks) -> dict[str, dict[str, float | str]]:
-    """Metrics of each task, as the harness names them. Collective.
+def run_tasks(inference: Inference, tasks: Tasks) -> dict[str, dict[str, float]]:
+    """Metrics of each task, as the harness names them; on rank 0. Collective.
 
     Raises:
-        ConfigError: see :func:`require_harness`.
+        ConfigError: lm-eval is not installed or does not know one of the tasks.
     """
     require_harness(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
-    from lm_eval.tasks import TaskManager
 
     class Model(Answers, LM):
         """To the harness: one process with a model."""
 
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
     found = simple_evaluate(
         model=Model(inference, tasks.batch_size),
         tasks=list(tasks.names),
         num_fewshot=tasks.num_fewshot,
         limit=tasks.limit,
-        task_manager=TaskManager(include_path=tasks.include_path),
+        task_manager=_task_manager(tasks),
         log_samples=False,
     )
-    assert found is not None, "every rank is rank 0 to the harness"
+    if found is None:  # it has seen LOCAL_RANK, and answers on the first rank only
+        return {}
     return {name: _plain(metrics) for name, metrics in found["results"].items()}
 
 
-def _plain(metrics: dict[str, Any]) -> dict[str, float | str]:
+def _task_manager(tasks: Tasks) -> Any:
+    """The harness's index of the tasks; its own thousands are read only where the folder has not got them all."""
+    from lm_eval.tasks import TaskManager
+
+    if tasks.include_path is not None:
+        if not Path(tasks.include_path).is_dir():
+            raise ConfigError(
+                "include_path", tasks.include_path, "is not a directory", "the folder of your tasks"
+            )
+        manager = TaskManager(include_path=tasks.include_path, include_defaults=False)
+        if set(tasks.names) <= set(manager.match_tasks(tasks.names)):
+            return manager
+    manager = TaskManager(include_path=tasks.include_path)
+    known = set(manager.match_tasks(tasks.names))
+    for name in tasks.names:
+        if name not in known:
+            raise ConfigError("tasks", name, "lm-eval knows no such task", "`lm-eval ls tasks` lists them")
+    return manager
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, float]:
     """``{"acc,none": 0.5, "alias": …}`` → ``{"acc": 0.5}``; a filter other than none stays in the name."""
-    plain: dict[str, float | str] = {}
+    plain: dict[str, float] = {}
     for name, value in metrics.items():
-        metric, _, filtered = name.partition(",")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or name in ("sample_len",):
-            continue
-        plain[metric if filtered in ("", "none") else name] = value
+        metric, comma, filtered = name.partition(",")
+        if comma and isinstance(value, (int, float)):
+            plain[metric if filtered == "none" else name] = float(value)
     return plain
