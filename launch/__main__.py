@@ -21,7 +21,7 @@ muster: trains dense and Mixture-of-Experts language models that survive failure
   muster submit launcher=slurm|kubernetes [--dry-run] [overrides]   write the job and queue it
   muster verify [overrides]           prove that this layout computes what one process would: certificate.json
   muster generate RUN_DIR [options]   sample from a run or a checkpoint, on as many ranks as it takes
-  muster evaluate RUN_DIR [options]   its loss on held-out or other text (data=…), or lm-eval's tasks (tasks=…)
+  muster evaluate RUN_DIR [options]   its loss on held-out or other text (data=…), or lm-eval tasks (tasks=…)
   muster report RUN_DIR               write report.html: curves, expert load, failures
   muster doctor                       what this machine has, and what is missing
   muster completion bash|zsh          tab completion: eval "$(muster completion bash)"

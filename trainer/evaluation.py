@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -103,7 +103,8 @@ class _DocumentRows:
     """Rows of a corpus in its own order, ``[S + 1]`` each, with the number of targets in them that are real."""
 
     def __init__(self, config: RunConfig, tokenizer: TextTokenizer, fraction: float) -> None:
-        data = config.data
+        # A source that divides a single file does so by this share.
+        data = replace(config.data, valid_fraction=fraction)
         hub = data.source is Source.hub and data.target is None
         self._documents = (HubSource(data) if hub else open_source(data)).documents()
         self._tokenizer, self._fraction = tokenizer, fraction
@@ -122,7 +123,7 @@ class _DocumentRows:
     def _rows(self) -> Iterator[tuple[np.ndarray, int]]:
         packer = Packer(self._seq_len)
         for document in self._documents:
-            if document.draw >= self._fraction and self._fraction < 1.0:
+            if not document.text or (document.draw >= self._fraction and self._fraction < 1.0):
                 continue
             (tokens,) = self._tokenizer.encode_documents([document.text])
             self.num_bytes += len(document.text.encode())

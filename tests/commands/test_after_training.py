@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.command import MUSTER, Workplace
+from tests.command import EP2, MUSTER, Workplace
 from tests.commands.watch import assert_one_error, checkpoints_of, path_with_muster
 
 
@@ -54,6 +55,15 @@ def test_generate(trained: Workplace) -> None:
     assert_one_error(output, "temprature=1", "is no option", "did you mean temperature")
     output = trained.run(MUSTER, "generate", str(trained.path / "corpus"), expect=2)
     assert_one_error(output, "is not a run directory")
+
+
+def test_evaluate_repeats_the_loss_of_the_run(trained: Workplace) -> None:
+    finish = trained.events("finish")[-1]
+    best = str(trained.run_dir / "checkpoints" / "best")
+    output = trained.run(MUSTER, "evaluate", best, *EP2, "json=true")
+    found = json.loads(output.splitlines()[-1])
+    assert (found["step"], found["num_rows"]) == (finish["best_step"], 16)
+    assert found["loss"] == pytest.approx(finish["best_loss"], rel=1e-5)
 
 
 def test_report(trained: Workplace) -> None:

@@ -163,7 +163,7 @@ def test_completion_of_run_directories(tmp_path: Path, monkeypatch: pytest.Monke
     (run / "config.yaml").write_text("")
     assert complete("muster resume ") == ["runs/quickstart/20261121-213045-x7"]
     assert complete("muster report runs/qu") == ["runs/quickstart/20261121-213045-x7"]
-    assert complete("muster generate runs/quickstart/20261121-213045-x7 top") == ["top_p="]
+    assert complete("muster generate runs/quickstart/20261121-213045-x7 top") == ["top_p=", "top_k="]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -189,7 +189,8 @@ def test_the_bash_script_completes(tmp_path: Path, word: str, replies: str) -> N
 
 
 def test_sampling_options() -> None:
-    assert parse_options(["prompt=a = b", "top_p=0.5", "seed=3"]) == SamplingOptions("a = b", 64, 0.8, 0.5, 3)
+    options = ["prompt=a = b", "top_p=0.5", "parallel.ep=2", "seed=3"]
+    assert parse_options(options) == (SamplingOptions("a = b", 64, 0.8, 0.5, 3), ["parallel.ep=2"])
     for arguments, message in (
         (["promt=x"], "did you mean prompt"),
         (["seed=x"], "must be a whole number"),
