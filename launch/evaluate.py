@@ -136,12 +136,12 @@ def _config(frozen: RunConfig, asked: Asked, run_dir: Path) -> RunConfig:
     if asked.max_rows is not None:
         frozen.eval.max_rows = asked.max_rows if asked.max_rows > 0 else sys.maxsize
     if not asked.own_data:
-        frozen.data = _other_data(frozen.data, asked.data)
+        frozen.data = other_data(frozen.data, asked.data)
         frozen.data.tokenizer.path = str(run_dir.absolute() / "tokenizer.json")
     return layout_for(frozen, asked.others)
 
 
-def _other_data(own: DataConfig, overrides: list[str]) -> DataConfig:
+def other_data(own: DataConfig, overrides: list[str]) -> DataConfig:
     """The run's data section with these overrides; a group (data=text) starts from the group's file."""
     from trainer.compose import apply_overrides, compose
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,8 +26,8 @@ def beside(calm: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     workplace = Workplace(tmp_path)
     shutil.copytree(calm.run_dir, workplace.run_dir, symlinks=True)
     monkeypatch.chdir(tmp_path)
-    for name in ("PYTHONPATH", "MUSTER_CACHE"):
-        monkeypatch.setenv(name, workplace.environment()[name])
+    monkeypatch.setenv("PYTHONPATH", str(REPO), prepend=os.pathsep)
+    monkeypatch.setenv("MUSTER_CACHE", workplace.environment()["MUSTER_CACHE"])
     return workplace
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from launch import sweep
+from launch import evaluate, sweep
 from launch.__main__ import HELP
+from launch.inference import layout_for
 from launch.resume import refill
-from launch.sample import parse_options
+from launch.sample import SamplingOptions, parse_options
 from launch.train import split_arguments
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
@@ -109,7 +110,13 @@ def check_command(words: list[str], folder: Path) -> None:
         case ["muster", "resume", _, *overrides]:
             check_resume(overrides)
         case ["muster", "generate", _, *options]:
-            parse_options(options)
+            check_layout(parse_options(options)[1])
+        case ["muster", "evaluate", _, *arguments]:
+            check_evaluate(arguments)
+        case ["pip", "install", package]:
+            assert (
+                package == "muster-moe[eval]" and 'eval = ["lm-eval' in (ROOT / "pyproject.toml").read_text()
+            )
         case ["muster", command, *_]:
             assert re.search(rf"^  muster {command}\b", HELP, re.MULTILINE)
         case ["torchrun", *arguments]:
@@ -138,6 +145,18 @@ def check_resume(overrides: list[str]) -> None:
     validate(resolve(config, MACHINE))
 
 
+def check_layout(overrides: list[str]) -> None:
+    config = resolve(compose(["device=cpu", "train.micro_batch=8"]), MACHINE)
+    layout_for(config, ["device=cpu", *overrides])
+
+
+def check_evaluate(arguments: list[str]) -> None:
+    asked = evaluate.parse(arguments)
+    config = resolve(compose(["device=cpu", "train.micro_batch=8"]), MACHINE)
+    config.data = config.data if asked.own_data else evaluate.other_data(config.data, asked.data)
+    layout_for(config, ["device=cpu", *asked.others])
+
+
 def check_torchrun(arguments: list[str]) -> None:
     at = arguments.index("-m")
     assert arguments[at + 1] == "trainer"
@@ -160,6 +179,9 @@ def test_a_wrong_command_line_would_be_found(tmp_path: Path) -> None:
         "make trian",
         "ls",
         "muster resume R layout=dense",
+        "muster generate R temprature=1",
+        "muster evaluate R data.pth=x",
+        "muster evaluate R data=txt",
     ):
         with pytest.raises((ValueError, AssertionError)):
             check_command(line.split(), tmp_path)
@@ -246,6 +268,13 @@ def test_table_of_layouts_is_that_of_conf() -> None:
     for row in rows:
         layout = compose([f"layout={row[0]}"]).layout
         assert row[1:7] == described(layout), row[0]
+
+
+def test_table_of_sampling_options_is_that_of_the_code() -> None:
+    rows = {name: default for name, default, _ in table(ROOT / "docs" / "using.md", "option")}
+    shown = {"None": "none", "False": "false"}
+    defaults = {name: str(value) for name, value in vars(SamplingOptions()).items()}
+    assert rows == {name: shown.get(value, value) for name, value in defaults.items()}
 
 
 def described(layout: LayoutConfig) -> list[str]:
