@@ -259,12 +259,14 @@ class ExpertChoiceRouter(Router):
     """Experts choose tokens (arXiv:2202.09368): even by construction, and a leak of the future.
 
     The pick of a token depends on the later tokens of its row, in evaluation as in training, so the loss of
-    such a model is not that of a causal one, and text generated token by token is routed otherwise.
+    such a model is not that of a causal one. A text on its way has no row to pick from
+    (:func:`trainer.generation.dropless`): there each token goes to the experts that it likes best.
     """
 
     def _choose(self, scored: Scored, positions: Positions) -> Tensor:
         capacity = row_capacity(self.layout, scored.score_BSE.shape[1])
-        assert capacity is not None, "the rules ask for it"
+        if capacity is None:
+            return super()._choose(scored, positions)
         return choice.expert_choice(scored.score_BSE, capacity)
 
 

@@ -53,6 +53,8 @@ def small_model(*overrides: str) -> nn.Module:
         ["layout=mixtral", "model.qk_norm=full"],
         ["layout=switch", "layout.capacity_factor=0.5"],
         ["layout=deepseek", *MLA],
+        *([f"layout={name}"] for name in ("hierarchical", "sinkhorn", "expert_choice", "hash", "ernie")),
+        ["layout=moe_plus_plus"],
     ],
     ids=lambda overrides: " ".join(overrides)[:40],
 )
