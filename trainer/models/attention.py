@@ -77,6 +77,7 @@ class LatentAttention(nn.Module):
         self.num_heads = config.num_heads
         self.nope, self.rope, self.v_dim = m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim
         self.kv_rank = m.kv_lora_rank
+        self.scale = (self.nope + self.rope) ** -0.5
         self.wq_a = Linear(config.dim, m.q_lora_rank)
         self.q_norm = RMSNorm(m.q_lora_rank, config.norm_eps)
         self.wq_b = Linear(m.q_lora_rank, self.num_heads * (self.nope + self.rope))
@@ -123,7 +124,7 @@ class LatentAttention(nn.Module):
             torch.cat([latent_B1LR, k_rope], dim=-1),
             latent_B1LR,
             attn_mask=mask.expand(-1, heads, -1, -1).flatten(1, 2)[:, None],
-            scale=(self.nope + self.rope) ** -0.5,
+            scale=self.scale,
         )
         return torch.einsum("bhsr,hvr->bhsv", y.view(batch, heads, length, -1), up_v)
 
