@@ -42,6 +42,12 @@ class QkNorm(Enum):
     full = "full"
 
 
+class RopeScaling(Enum):
+    none = "none"
+    llama3 = "llama3"
+    yarn = "yarn"
+
+
 class Activation(Enum):
     swiglu = "swiglu"
     gelu = "gelu"
@@ -133,10 +139,39 @@ class MlaConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434); read when ``model.attention=mla``."""
 
     q_lora_rank: int = 0
+    """Width of the query latent; 0: queries are projected directly."""
     kv_lora_rank: int = 0
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    norm_eps: float | None = None
+    """Of the latents' norms; null: model.norm_eps."""
+
+
+@dataclass
+class RopeScalingConfig:
+    """How the rotary embedding was stretched to a longer context than the model was first trained on."""
+
+    kind: RopeScaling = RopeScaling.none
+    """llama3: as Llama 3.1; yarn: arXiv:2309.00071."""
+    factor: float = 1.0
+    """New context / old context."""
+    original_context: int = 0
+    """Positions of the old context."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_context / this are slowed down by factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_context / this stay."""
+    beta_fast: float = 32.0
+    """yarn: dims that turn more often than this over the old context stay."""
+    beta_slow: float = 1.0
+    """yarn: dims that turn less often than this are slowed down by factor."""
+    attention_factor: float | None = None
+    """yarn: factor on cos and sin; null: 0.1 · ln(factor) + 1, or the quotient of the two below."""
+    mscale: float = 0.0
+    """yarn: with mscale_all_dim, cos and sin get (0.1 · mscale · ln(factor) + 1) / (the same of the other)."""
+    mscale_all_dim: float = 0.0
+    """Latent attention: the logits get (0.1 · this · ln(factor) + 1)²; 0: nothing."""
 
 
 @dataclass
@@ -158,6 +193,7 @@ class ModelConfig:
     qk_norm: QkNorm = QkNorm.none
     mla: MlaConfig = field(default_factory=MlaConfig)
     rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
     init_std: float = 0.02

@@ -33,7 +33,6 @@ MEANINGS = {
     "model.num_kv_heads": "Key and value heads; must divide num_heads.",
     "model.attention": "gqa: grouped-query attention; mla: multi-head latent attention.",
     "model.qk_norm": "RMSNorm of queries and keys: none, by head, or over all heads at once (full).",
-    "model.mla.q_lora_rank": "Width of the query latent.",
     "model.mla.kv_lora_rank": "Width of the key/value latent.",
     "model.mla.qk_nope_head_dim": "Part of a query or key head that is not rotated.",
     "model.mla.qk_rope_head_dim": "Part of a query or key head that is rotated; even.",

@@ -10,6 +10,8 @@ from trainer.config import (
     Device,
     EngineName,
     ModelConfig,
+    RopeScaling,
+    RopeScalingConfig,
     RunConfig,
     Schedule,
     Sharding,
@@ -130,12 +132,40 @@ def _check_model(model: ModelConfig) -> None:
             f"model.head_dim={model.head_dim + 1}",
         )
     else:
-        for name, value in vars(model.mla).items():
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            value = getattr(model.mla, name)
             require(
                 value > 0, f"model.mla.{name}", value, "must be above 0 when model.attention=mla", "set it"
             )
+        rank = model.mla.q_lora_rank
+        require(
+            rank >= 0, "model.mla.q_lora_rank", rank, "must not be negative", "0 for queries without a latent"
+        )
         rope = model.mla.qk_rope_head_dim
         require(rope % 2 == 0, "model.mla.qk_rope_head_dim", rope, "must be even", f"{rope + 1}")
+    _check_rope(model.rope_scaling)
+
+
+def _check_rope(scaling: RopeScalingConfig) -> None:
+    if scaling.kind is RopeScaling.none:
+        return
+    rules = {
+        "factor": (scaling.factor >= 1, "the context grows by a factor of at least 1", "8"),
+        "original_context": (scaling.original_context > 0, "must be above 0 positions", "8192"),
+        "high_freq_factor": (
+            scaling.high_freq_factor > scaling.low_freq_factor > 0,
+            f"must be above low_freq_factor = {scaling.low_freq_factor}, and that above 0",
+            f"{4 * max(1.0, scaling.low_freq_factor)}",
+        ),
+        "beta_fast": (
+            scaling.beta_fast > scaling.beta_slow > 0,
+            f"must be above beta_slow = {scaling.beta_slow}, and that above 0",
+            f"{32 * max(1.0, scaling.beta_slow)}",
+        ),
+    }
+    for name, (holds, relation, value) in rules.items():
+        field = f"model.rope_scaling.{name}"
+        require(holds, field, getattr(scaling, name), relation, f"{field}={value}")
 
 
 def _check_budget(config: RunConfig) -> None:

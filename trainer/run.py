@@ -229,6 +229,7 @@ def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
     found = _agree_on_checkpoint(trainer, skipped)
     own = found is not None and found.path.parent == trainer.checkpoints.directory
     weights_only = found is not None and not own and config.checkpoint.load_weights_only
+    weights_only |= found is not None and not found.trainer  # an imported model: there is nothing else in it
     resume, unclaimed = None, ""
     if found is None or weights_only:
         initialise(trainer.engine.model, trainer.engine.named_state(), config.train.seed)

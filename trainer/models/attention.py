@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trainer.config import AttentionKind, ModelConfig, QkNorm
 from trainer.models.cache import Remember
 from trainer.models.layers import Linear, RMSNorm, rotate
+from trainer.models.rope import softmax_gain
 
 RotaryTable = tuple[Tensor, Tensor]
 
@@ -19,11 +20,15 @@ def document_mask(document_ids_BS: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """SDPA over ``[B, H, S, C]`` (fewer key heads than query heads are shared); plain causal without a mask."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """SDPA over ``[B, H, S, C]`` (fewer key heads than query heads are shared); plain causal without a mask.
+
+    Args:
+        scale: of the logits; None: ``C ** -0.5``.
+    """
     shared = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=shared
+        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale, enable_gqa=shared
     )
 
 
@@ -76,13 +81,18 @@ class LatentAttention(nn.Module):
         m = config.mla
         self.num_heads = config.num_heads
         self.nope, self.rope, self.v_dim = m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim
-        self.kv_rank = m.kv_lora_rank
-        self.scale = (self.nope + self.rope) ** -0.5
-        self.wq_a = Linear(config.dim, m.q_lora_rank)
-        self.q_norm = RMSNorm(m.q_lora_rank, config.norm_eps)
-        self.wq_b = Linear(m.q_lora_rank, self.num_heads * (self.nope + self.rope))
+        self.q_lora_rank, self.kv_rank = m.q_lora_rank, m.kv_lora_rank
+        self.scale = (self.nope + self.rope) ** -0.5 * softmax_gain(config.rope_scaling)
+        eps = config.norm_eps if m.norm_eps is None else m.norm_eps
+        q_dim = self.num_heads * (self.nope + self.rope)
+        if m.q_lora_rank:
+            self.wq_a = Linear(config.dim, m.q_lora_rank)
+            self.q_norm = RMSNorm(m.q_lora_rank, eps)
+            self.wq_b = Linear(m.q_lora_rank, q_dim)
+        else:
+            self.wq = Linear(config.dim, q_dim)
         self.wkv_a = Linear(config.dim, m.kv_lora_rank + self.rope)
-        self.kv_norm = RMSNorm(m.kv_lora_rank, config.norm_eps)
+        self.kv_norm = RMSNorm(m.kv_lora_rank, eps)
         self.wkv_b = Linear(m.kv_lora_rank, self.num_heads * (self.nope + self.v_dim))
         self.wo = Linear(self.num_heads * self.v_dim, config.dim)
 
@@ -90,7 +100,7 @@ class LatentAttention(nn.Module):
         self, x_BSD: Tensor, table: RotaryTable, mask: Tensor | None, remember: Remember | None = None
     ) -> Tensor:
         batch, length, _ = x_BSD.shape
-        q = self.wq_b(self.q_norm(self.wq_a(x_BSD)))
+        q = self._queries(x_BSD)
         q = q.view(batch, length, self.num_heads, self.nope + self.rope).transpose(1, 2)
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.wkv_a(x_BSD).split([self.kv_rank, self.rope], dim=-1)
@@ -103,8 +113,15 @@ class LatentAttention(nn.Module):
         kv = kv.view(batch, length, self.num_heads, self.nope + self.v_dim).transpose(1, 2)
         k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
-        y = attend(q, torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1), v, mask)
+        y = attend(
+            q, torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1), v, mask, self.scale
+        )
         return self.wo(y.transpose(1, 2).reshape(batch, length, -1))
+
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        if self.q_lora_rank:
+            return self.wq_b(self.q_norm(self.wq_a(x_BSD)))
+        return self.wq(x_BSD)
 
     def _attend_latents(
         self, q_nope: Tensor, q_rope: Tensor, latent_B1LR: Tensor, k_rope: Tensor, mask: Tensor

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import Activation
+from trainer.config import Activation, RopeScalingConfig
+from trainer.models.rope import rotary_frequencies, rotary_gain
 
 
 class Linear(nn.Module):
@@ -40,12 +41,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary_table(length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    length: int, dim: int, theta: float, device: torch.device, scaling: RopeScalingConfig
+) -> tuple[Tensor, Tensor]:
     """cos and sin ``[S, dim]``, fp32, of rotary embeddings (arXiv:2104.09864), halves not interleaved."""
-    exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), theta**-exponent)
+    frequencies = rotary_frequencies(dim, theta, scaling, device)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    gain = rotary_gain(scaling)
+    return angles.cos() * gain, angles.sin() * gain
 
 
 def rotate(x_BHSC: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -170,7 +170,8 @@ class Transformer(nn.Module):
         return F.linear(x, head.to(x.dtype)).float()
 
     def _rotary_table(self, length: int, device: torch.device) -> RotaryTable:
-        return rotary_table(length, rotary_dim(self.config), self.config.rope_theta, device)
+        c = self.config
+        return rotary_table(length, rotary_dim(c), c.rope_theta, device, c.rope_scaling)
 
     def make_cache(self, num_rows: int, size: int, device: torch.device) -> KvCache:
         """An empty cache for rows of at most ``size`` tokens."""
