@@ -22,6 +22,8 @@ muster: trains dense and Mixture-of-Experts language models that survive failure
   muster verify [overrides]           prove that this layout computes what one process would: certificate.json
   muster generate RUN_DIR [options]   sample from a run or a checkpoint, on as many ranks as it takes
   muster evaluate RUN_DIR [options]   its loss on held-out or other text (data=…), or lm-eval tasks (tasks=…)
+  muster import HF_DIR OUT [overrides]   a Hugging Face model as a run that goes on training it
+  muster export RUN_DIR HF_DIR        a run as a Hugging Face model, for transformers and vLLM
   muster report RUN_DIR               write report.html: curves, expert load, failures
   muster doctor                       what this machine has, and what is missing
   muster completion bash|zsh          tab completion: eval "$(muster completion bash)"
@@ -50,6 +52,8 @@ _COMMANDS = {
     "verify": ("launch.verify", "main"),
     "generate": ("launch.sample", "generate"),
     "evaluate": ("launch.evaluate", "main"),
+    "import": ("launch.convert", "import_"),
+    "export": ("launch.convert", "export"),
     "report": ("launch.sample", "report"),
     "doctor": ("launch.doctor", "main"),
     "completion": ("launch.completion", "main"),

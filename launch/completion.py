@@ -8,10 +8,13 @@ import os
 from enum import Enum
 from pathlib import Path
 
+from launch.convert import EXPORT
 from launch.outcome import Outcome
 from parallel.errors import ConfigError
 
-COMMANDS = ("train", "resume", "submit", "verify", "generate", "evaluate", "report", "doctor", "completion")
+COMMANDS = tuple(
+    "train resume submit verify generate evaluate import export report doctor completion".split()
+)
 
 _BASH = """\
 _muster_complete() {
@@ -52,6 +55,7 @@ _OPTIONS = {
             "launcher.nproc_per_node parallel.ep"
         ).split()
     ],
+    "export": [f"{option}=" for option in EXPORT],
 }
 
 
@@ -80,7 +84,11 @@ def complete(line: str) -> list[str]:
     command, before = words[1], words[2:]
     if command in ("train", "submit", "verify") or (command == "resume" and before):
         return _overrides(before, word)
-    if command in ("resume", "generate", "evaluate", "report"):
+    if command == "import":
+        return _overrides(before[2:], word) if len(before) > 1 else _folders(word)
+    if command == "export" and len(before) == 1:
+        return _folders(word)
+    if command in ("resume", "generate", "evaluate", "report", "export"):
         if before:
             return [option for option in _OPTIONS.get(command, []) if option.startswith(word)]
         return _runs(word)
@@ -124,5 +132,9 @@ def _runs(word: str) -> list[str]:
             ]
             if found:
                 return found
+    return _folders(word)
+
+
+def _folders(word: str) -> list[str]:
     folder, prefix = (Path(word), "") if word.endswith("/") else (Path(word).parent, Path(word).name)
     return [f"{path}/" for path in sorted(folder.glob(f"{prefix}*")) if path.is_dir()]

@@ -23,7 +23,7 @@ from trainer.checkpoint.format import (
     read_manifest,
     step_directories,
 )
-from trainer.checkpoint.shards import DTYPE_NAMES, file_fault
+from trainer.checkpoint.shards import DTYPE_NAMES, DTYPES, file_fault
 
 OnSkip = Callable[[Path, str], None]
 """Told the bad file of a checkpoint that is passed over, and what is wrong with it."""
@@ -90,6 +90,20 @@ class Checkpoint:
         """
         wanted = list(slices)
         self._check_names({part.name for part in wanted}, prefix)
+        self._read(wanted)
+
+    def read(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The values of a box of one tensor, on the CPU; nothing else is held in memory.
+
+        Raises:
+            ConfigError: a file has changed since the checkpoint was chosen.
+        """
+        entry = self.tensors[name]
+        box = torch.empty(shape, dtype=DTYPES[entry.dtype])
+        self._read([StateSlice(name, entry.global_shape, offsets, box, owner=True)])
+        return box
+
+    def _read(self, wanted: list[StateSlice]) -> None:
         reads: dict[str, list[tuple[StateSlice, str, Box, Box]]] = defaultdict(list)
         for part in wanted:
             entry = self.tensors[part.name]

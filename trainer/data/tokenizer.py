@@ -98,6 +98,12 @@ class TextTokenizer:
         """What ``save`` writes."""
         return self._tokenizer.to_str(pretty=True)
 
+    def name_of(self, token: int) -> str:
+        """How the vocabulary writes a token."""
+        name = self._tokenizer.id_to_token(token)
+        assert name is not None, f"no token {token}"
+        return name
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without eos."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
