@@ -24,6 +24,7 @@ from trainer.interop.tokenizer_files import import_tokenizer, keep_side_files
 from trainer.rundir import RunDirectory
 
 _PART_BYTES = 512 << 20
+"""Of fp32 values that are held in memory and written as one shard."""
 
 
 def import_model(
@@ -37,7 +38,6 @@ def import_model(
     drop: list[str],
     verify: bool,
     tolerance: float,
-    part_bytes: int = _PART_BYTES,
 ) -> Converted:
     """Make a run directory at step 0 of a Hugging Face model.
 
@@ -48,7 +48,6 @@ def import_model(
         overrides: of data, optim, train, parallel, …, for training it.
         drop: patterns (``model.layers.61.*``) of tensors to leave behind.
         verify: compare logits with transformers.
-        part_bytes: of fp32 values that are held in memory and written as one shard.
 
     Raises:
         ConfigError: a tensor is missing, unknown or of another shape; something cannot be read or written;
@@ -73,7 +72,7 @@ def import_model(
         tokenizer.save(folder / "tokenizer.json")
         RunDirectory(folder).freeze(config, asked)
         write_group(fields, family, target.absolute() / "tokenizer.json", target.absolute(), folder)
-        rows = _write_checkpoint(folder / "checkpoints", files, found, state, family, part_bytes)
+        rows = _write_checkpoint(folder / "checkpoints", files, found, state, family)
         checkpoint = open_checkpoint(folder)
         stored = {row.hf: DTYPES[row.hf_dtype] for row in rows}
         compared = None
@@ -101,7 +100,6 @@ def _write_checkpoint(
     found: Match,
     state: dict[str, StateSlice],
     family: Family,
-    part_bytes: int,
 ) -> list[Row]:
     """Write step 0, part by part, as ranks would that own the pieces in turn."""
     rows: list[Row] = []
@@ -121,7 +119,7 @@ def _write_checkpoint(
         size = 4 * math.prod(item.piece.shape)
         if not groups or size > room:
             groups.append([])
-            room = part_bytes
+            room = _PART_BYTES
         groups[-1].append(item)
         room -= size
     for rank, group in enumerate(groups):

@@ -83,15 +83,10 @@ def write_tokenizer(run_dir: Path, origin: Path | None, folder: Path) -> dict[st
         ids = {name: kept[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in kept}
     else:
         tokenizer.save(folder / "tokenizer.json")
-        eos = tokenizer.name_of(tokenizer.eos)
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": eos,
-            "pad_token": eos,
-            "clean_up_tokenization_spaces": False,
-        }
-        _write(folder / "tokenizer_config.json", settings)
-        _write(folder / "special_tokens_map.json", {"eos_token": eos, "pad_token": eos})
+    eos = tokenizer.name_of(tokenizer.eos)
+    if not (folder / "tokenizer_config.json").is_file():
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos}
+        _write(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
     if not (folder / "generation_config.json").is_file():
         stop = {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos, "do_sample": True}
         _write(folder / "generation_config.json", {**stop, "temperature": 0.8, "top_p": 0.95})
