@@ -54,7 +54,12 @@ def family_for(config: RunConfig) -> Family:
     Raises:
         ConfigError: none can; the message says what keeps the nearest one from it.
     """
-    found = {name: family.misfits(config) for name, family in FAMILIES.items()}
+    sparse = config.layout.num_experts > 0
+    found = {
+        name: family.misfits(config)
+        for name, family in FAMILIES.items()
+        if sparse is ("layout.num_experts" in family.free)
+    }
     name = min(found, key=lambda key: len(found[key]))
     if found[name]:
         field, value, needed = found[name][0]

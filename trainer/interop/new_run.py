@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from parallel.errors import ConfigError
 from trainer import overrides as grammar
+from trainer.checkpoint.format import step_name
 from trainer.compose import absolute_paths, compose
 from trainer.config import Machine, RunConfig, resolve
 from trainer.environment import count_gpus
@@ -67,7 +68,10 @@ def write_group(fields: Fields, family: Family, tokenizer: Path, target: Path, f
     content |= {str(key): value for key, value in values.items()}
     content["model"]["name"] = family.model_type
     content["data"] = {"tokenizer": {"path": str(tokenizer)}}
-    content["checkpoint"] = {"load_from": str(target), "load_weights_only": True}
+    content["checkpoint"] = {
+        "load_from": str(target / "checkpoints" / step_name(0)),
+        "load_weights_only": True,
+    }
     path = folder / "conf" / "model" / "imported.yaml"
     path.parent.mkdir(parents=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
