@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from parallel.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.interop.deepseek_v3 import DEEPSEEK_V3
-from trainer.interop.family import TOP, Family
+from trainer.interop.family import TOP, TRAINING_STATE, Family
 from trainer.interop.hf_config import HARMLESS, Fields, HfConfig
 from trainer.interop.llama import LLAMA
 from trainer.interop.mixtral import MIXTRAL
@@ -76,7 +76,7 @@ def family_for(config: RunConfig) -> Family:
 def make_pieces(
     family: Family, config: RunConfig, values: dict[str, object], shapes: dict[str, Shape]
 ) -> list[Piece]:
-    """Every tensor on disk of a model, in the order of the model.
+    """Every tensor on disk of a model, in the order of the model; TRAINING_STATE has none.
 
     Args:
         config: resolved.
@@ -99,6 +99,8 @@ def _pieces_of(
         return [whole_piece(TOP[name], TOP[name], name, shape, family.change(name, config, values))]
     head, _, rest = name.partition(".")
     index, _, leaf = rest.partition(".")
+    if head == "layers" and leaf in TRAINING_STATE:
+        return []
     if head != "layers" or leaf not in family.names:
         raise ConfigError(
             "tensor",

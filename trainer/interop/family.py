@@ -57,8 +57,12 @@ EXPERTS = {
 }
 """Stacked experts → the name of expert {} on disk, in the published form."""
 
+TRAINING_STATE = frozenset({"feed_forward.router.load_E"})
+"""Buffers within a layer that only training reads; a model that goes out does without them."""
+
 NEUTRAL = frozenset(
-    "model.name model.init_std model.kwargs layout.name layout.granularity layout.kwargs".split()
+    "model.name model.init_std model.kwargs layout.name layout.granularity layout.kwargs layout.jitter "
+    "layout.sample_second layout.drop_by".split()
 ) | {name for name, _ in flatten(RunConfig()) if name.startswith("layout.balance.")}
 """Fields that say how a model is trained, not what it computes."""
 _FREE = frozenset(

@@ -87,6 +87,7 @@ def export_model(
             rows=rows,
             left_out=[],
             copies={},
+            fresh=[],
             weights_digest=checkpoint.weights_digest,
             verification=compared,
         ).write(folder / RECORD)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+
+import torch
 
 from parallel.engines.base import StateSlice
 from trainer.checkpoint.commit import Attempt, assemble, publish, read_part, write_part
@@ -63,6 +68,7 @@ def import_model(
     )
     files = TensorFiles(source)
     found = match(pieces, files, drop, tied=config.model.tied_embeddings)
+    fresh = sorted(state.keys() - {piece.muster for piece in pieces})
     num_parameters = sum(math.prod(piece.shape) for piece in pieces)
     if verify:
         verification.check_possible(num_parameters)
@@ -72,7 +78,7 @@ def import_model(
         tokenizer.save(folder / "tokenizer.json")
         RunDirectory(folder).freeze(config, asked)
         write_group(fields, family, target.absolute() / "tokenizer.json", target.absolute(), folder)
-        rows = _write_checkpoint(folder / "checkpoints", files, found, state, family)
+        rows = _write_checkpoint(folder / "checkpoints", files, found, state, fresh, family)
         checkpoint = open_checkpoint(folder)
         stored = {row.hf: DTYPES[row.hf_dtype] for row in rows}
         compared = None
@@ -88,6 +94,7 @@ def import_model(
             rows=rows,
             left_out=found.left_out,
             copies=found.copies,
+            fresh=fresh,
             weights_digest=checkpoint.weights_digest,
             verification=compared,
         ).write(folder / KEPT / RECORD)
@@ -99,9 +106,10 @@ def _write_checkpoint(
     files: TensorFiles,
     found: Match,
     state: dict[str, StateSlice],
+    fresh: list[str],
     family: Family,
 ) -> list[Row]:
-    """Write step 0, part by part, as ranks would that own the pieces in turn."""
+    """Write step 0, part by part, as ranks would that own the pieces in turn; ``fresh`` begin at zero."""
     rows: list[Row] = []
 
     def read(item: Matched) -> StateSlice:
@@ -123,8 +131,14 @@ def _write_checkpoint(
         groups[-1].append(item)
         room -= size
     for rank, group in enumerate(groups):
-        slices = (read(item) for item in group)
+        slices: Iterable[StateSlice] = (read(item) for item in group)
+        if rank == 0:
+            slices = chain(slices, (_zeros(state[name]) for name in fresh))
         write_part(attempt, rank, stage(rank, slices, {}, HostBuffers()))
     parts = [read_part(attempt.part(rank)) for rank in range(len(groups))]
     publish(attempt, assemble(attempt, parts, {}, {"imported": family.model_type}))
     return rows
+
+
+def _zeros(piece: StateSlice) -> StateSlice:
+    return replace(piece, tensor=torch.zeros(piece.global_shape, dtype=piece.tensor.dtype))

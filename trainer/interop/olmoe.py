@@ -63,7 +63,7 @@ def write(config: RunConfig) -> dict[str, Any]:
 OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
-    layout="mixtral",
+    layout="olmoe",
     names={**BLOCK, **GQA, **QK_NORM, **ROUTER, **EXPERTS},
     read=read,
     write=write,

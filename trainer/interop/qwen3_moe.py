@@ -82,7 +82,7 @@ def write(config: RunConfig) -> dict[str, Any]:
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    layout="mixtral",
+    layout="qwen3_moe",
     names={**BLOCK, **GQA, **QK_NORM, **DENSE, **ROUTER, **EXPERTS},
     read=read,
     write=write,

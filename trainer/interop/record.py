@@ -48,6 +48,7 @@ class Conversion:
         rows: the tensors.
         left_out: entries that the user asked to leave behind.
         copies: entries that repeat another one byte for byte → that one.
+        fresh: buffers of Muster's that only training reads, and that begin at zero.
         weights_digest: of the Muster checkpoint.
         verification: what :func:`trainer.interop.verify.compare` found; None: it was not asked for.
     """
@@ -59,6 +60,7 @@ class Conversion:
     rows: list[Row]
     left_out: list[str]
     copies: dict[str, str]
+    fresh: list[str]
     weights_digest: str
     verification: dict[str, Any] | None
 

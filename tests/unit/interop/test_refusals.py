@@ -284,6 +284,14 @@ UNLIKE = [
     (["layout=dense", "model.activation=gelu"], "model.activation=gelu: no family can express"),
     (["layout=mixtral", "layout.num_shared_experts=1"], "layout.num_shared_experts=1: no family can express"),
     (["layout=deepseek"], "no family can express this model"),
+    (
+        ["layout=gshard"],
+        "layout.capacity_factor=1.25: no family can express this model; the nearest, mixtral",
+    ),
+    (["layout=hierarchical"], "layout.router=hierarchical: no family can express"),
+    (["layout=hash"], "layout.router=hash: no family can express"),
+    (["layout=ernie"], "layout.expert_sizes=[ExpertSize("),
+    (["layout=moe_plus_plus"], "layout.num_zero_experts="),
 ]
 
 
