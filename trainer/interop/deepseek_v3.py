@@ -87,10 +87,9 @@ def write(config: RunConfig) -> dict[str, Any]:
         "routed_scaling_factor": layout.route_scale,
         "first_k_dense_replace": layout.first_dense_layers,
         "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
         "rope_interleave": True,
     }
-    return {**write_base(DEEPSEEK_V3, config), **own}
+    return {**write_base(DEEPSEEK_V3, config), **own, **DEEPSEEK_V3.always}
 
 
 def change(leaf: str, config: RunConfig, values: dict[str, Any]) -> Change:
@@ -139,5 +138,6 @@ DEEPSEEK_V3 = Family(
         "ep_size aux_loss_alpha seq_aux".split()
     ),
     fp32=frozenset({"mlp.gate.e_score_correction_bias"}),
+    always={"num_nextn_predict_layers": 0},  # Muster has no such layer to give back
     change=change,
 )

@@ -94,6 +94,7 @@ class Family:
         ignored: fields that such a model does not look at.
         harmless: keys of ``config.json`` that such a model does not look at.
         fp32: names on disk, within a layer, of what is kept in fp32 whatever the other tensors are in.
+        always: keys that every export has so, also where the model's own config.json is given back.
         change: how a tensor is stored otherwise on disk than in Muster; (leaf, config, config.json).
     """
 
@@ -108,6 +109,7 @@ class Family:
     ignored: frozenset[str] = frozenset()
     harmless: frozenset[str] = frozenset()
     fp32: frozenset[str] = frozenset()
+    always: dict[str, Any] = field(default_factory=dict)
     change: Callable[[str, RunConfig, dict[str, Any]], Change] = _as_is
 
     def fixed(self) -> Fields:

@@ -50,7 +50,7 @@ def export_model(
     if origin is not None:
         kept = HfConfig.load(origin)
         if read_fields(family, kept) == read_fields(family, HfConfig(origin, dict(values))):
-            values = dict(kept.values)
+            values = {**kept.values, **family.always}
     state = model_state(config)
     _check_same_model(checkpoint, state)
     pieces = make_pieces(family, config, values, {name: piece.global_shape for name, piece in state.items()})

@@ -72,6 +72,9 @@ def test_in_and_out_again(variant: str, tmp_path: Path) -> None:
 
     export([str(run), str(tmp_path / "back")])
     again = tensors(tmp_path / "back")
+    settings = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert settings.pop("num_nextn_predict_layers", 0) == 0, "its layer did not come along"
+    assert all(values[key] == value for key, value in settings.items() if key != "torch_dtype")
     assert again.keys() == stored.keys()
     assert [name for name in stored if not same_bytes(again[name], stored[name])] == []
 
