@@ -11,8 +11,11 @@ import transformers
 
 from launch.convert import export, import_
 from tests.command import EP2, MUSTER, Workplace
+from trainer.build import load_for_inference
+from trainer.checkpoint.resume import open_checkpoint
+from trainer.compose import load_frozen
 from trainer.data.tokenizer import TextTokenizer
-from trainer.generation import generate_text
+from trainer.generation import sample
 
 TRAIN = [
     "device=cpu",
@@ -72,5 +75,14 @@ def test_import_train_export(workplace: Workplace) -> None:
     assert tokenizer.eos_token == "<|endoftext|>"
     ids = tokenizer("def main():", return_tensors="pt").input_ids
     theirs = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    ours = generate_text(run, "def main():", max_new_tokens=8, temperature=0.0, top_p=1.0, seed=0)
+    loaded = load_for_inference(open_checkpoint(run), load_frozen(run / "config.yaml"), torch.device("cpu"))
+    ours = sample(
+        loaded.model,
+        loaded.tokenizer,
+        "def main():",
+        max_new_tokens=8,
+        device=loaded.device,
+        context=64,
+        temperature=0.0,
+    )
     assert tokenizer.decode(theirs, skip_special_tokens=True) == ours != ""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parallel.engines.base import StateSlice
 from parallel.errors import ConfigError
+from trainer.build import run_of
 from trainer.checkpoint.files import check_room
 from trainer.checkpoint.resume import Checkpoint, open_checkpoint
 from trainer.checkpoint.shards import DTYPES
@@ -42,7 +43,7 @@ def export_model(
         ConfigError: no family can express the model; something cannot be read or written; the logits differ.
     """
     checkpoint = open_checkpoint(source)
-    run_dir = checkpoint.path.parent.parent
+    run_dir = run_of(checkpoint)
     config = load_frozen(run_dir / "config.yaml")
     family = family_for(config)
     values = family.write(config)

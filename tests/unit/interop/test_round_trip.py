@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from launch.convert import export, import_
 from trainer.build import load_for_inference
+from trainer.checkpoint.resume import open_checkpoint
+from trainer.compose import load_frozen
 from trainer.interop.families import FAMILIES, make_pieces
 from trainer.interop.hf import model_state
 from trainer.interop.verify import TOLERANCE
@@ -49,7 +51,8 @@ def test_in_and_out_again(variant: str, tmp_path: Path) -> None:
 
     tokens = torch.randint(0, 264, (2, 40), generator=torch.Generator().manual_seed(1))
     expected = gradients_on_disk(source, tokens, tmp_path / "gradients")
-    ours = load_for_inference(run)
+    checkpoint, config = open_checkpoint(run), load_frozen(run / "config.yaml")
+    ours = load_for_inference(checkpoint, config, torch.device("cpu"))
     cross_entropy(ours.model(tokens), tokens).backward()
     state = dict(ours.model.named_parameters())
     shapes = {name: piece.global_shape for name, piece in model_state(ours.config).items()}
@@ -111,7 +114,6 @@ def test_the_fused_form(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part_bytes", [1, 20_000])
 def test_the_size_of_the_parts_does_not_matter(part_bytes: int, tmp_path: Path) -> None:
-    from trainer.checkpoint.resume import open_checkpoint
     from trainer.interop import hf_import
 
     source = make("deepseek_v3", tmp_path / "model")
