@@ -341,6 +341,9 @@ class DataConfig:
     """A Hugging Face hub name, or a local folder in the hub's form."""
     subset: str | None = None
     text_field: str = "text"
+    domain_field: str | None = None
+    """Field of a row (jsonl, parquet, hub) that says what kind of text it is, `meta.source` inside an object:
+    the report then shows which experts it goes to. null: the first folder under data.path."""
     valid_fraction: float = 0.05
     """Share of the documents held out: a document's side depends on its own name or content only."""
     respect_documents: bool = True

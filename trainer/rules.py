@@ -227,6 +227,16 @@ def _check_data(config: RunConfig, dims: ParallelDims) -> None:
         "a byte-level BPE holds 256 bytes and its special tokens",
         "data.tokenizer.vocab_size=4096",
     )
+    rows = data.target is None and data.source in (Source.jsonl, Source.parquet, Source.hub)
+    require(
+        data.domain_field is None or rows,
+        "data.domain_field",
+        data.domain_field,
+        "names a field of rows, as data=jsonl, data=parquet and data=hub have them",
+        "data.domain_field=null"
+        if data.target is None
+        else 'data.domain_field=null, and yield {"text": …, "domain": …}',
+    )
     if data.target is not None:
         return
     if data.source in (Source.text, Source.jsonl, Source.parquet):

@@ -12,6 +12,7 @@ import numpy as np
 
 from parallel.errors import ConfigError
 from trainer.config import RunConfig
+from trainer.data.domains import DomainWriter
 from trainer.data.packing import Packer, RowWriter
 from trainer.data.sources import Document, DocumentSource
 from trainer.data.tokenizer import TextTokenizer
@@ -48,7 +49,8 @@ def build_corpus(
     tokenizer.save(folder / "tokenizer.json")
     streamed = limits.valid_rows is not None
     train = _Side(None if streamed else folder / "train.arrow", config.train.seq_len, tokenizer.vocab_size)
-    valid = _Side(folder / "valid.arrow", config.train.seq_len, tokenizer.vocab_size)
+    domains = DomainWriter(folder, config.train.seq_len)
+    valid = _Side(folder / "valid.arrow", config.train.seq_len, tokenizer.vocab_size, domains)
     num_documents, draws = 0, (1.0, 0.0)
     for documents in _batches(source.documents()):
         num_documents += len(documents)
@@ -71,8 +73,11 @@ def build_corpus(
 class _Side:
     """One side of the split on its way to disk."""
 
-    def __init__(self, path: Path | None, seq_len: int, vocab_size: int) -> None:
+    def __init__(
+        self, path: Path | None, seq_len: int, vocab_size: int, domains: DomainWriter | None = None
+    ) -> None:
         self._packer = Packer(seq_len)
+        self._domains = domains
         self._writer = None if path is None else RowWriter(path, seq_len, vocab_size)
         self.counts = np.zeros(vocab_size, np.int64)
         """Of the rows' targets."""
@@ -90,10 +95,14 @@ class _Side:
         self.num_rows += len(rows)
         if self._writer is not None:
             self._writer.write(rows)
+        if self._domains is not None:
+            self._domains.add([document.domain for document in documents], list(map(len, tokens)))
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        if self._domains is not None:
+            self._domains.close()
 
 
 def _tokenizer_texts(source: DocumentSource, valid_fraction: float, limits: Limits) -> tuple[list[str], int]:

@@ -1,7 +1,7 @@
 """Files on disk: finding them, reading text, JSON lines and Parquet out of them, and saying what is wrong.
 
-Every reader yields ``(where, text)``; ``where`` names the file and, for rows, the line or row, so that an
-error leads the user to the place.
+Every reader yields ``(where, text)``, and for rows ``(where, text, domain)``; ``where`` names the file and, for
+rows, the line or row, so that an error leads the user to the place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow.parquet
 import xxhash
 
 from parallel.errors import ConfigError
+from trainer.data.domains import field_domain
 
 __all__ = [
     "SUFFIXES",
@@ -94,8 +95,10 @@ def read_text(path: Path) -> Iterator[tuple[str, str]]:
     yield str(path), _decode(_read_bytes(path), path, 0, str(path)).removeprefix("\ufeff")
 
 
-def read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    """The text of each line's object; blank lines are passed over.
+def read_jsonl(
+    path: Path, text_field: str, domain_field: str | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """The text of each line's object, and its domain (empty without a field); blank lines are passed over.
 
     Raises:
         ConfigError: with ``file:line``: not UTF-8, not a JSON object, no such field, not a string.
@@ -127,11 +130,14 @@ def read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
                 f"{where} has the fields {', '.join(map(repr, row))}",
                 _field_fix(row),
             )
-        yield where, require_text(row[text_field], text_field, where)
+        domain = "" if domain_field is None else field_domain(row, domain_field, where)
+        yield where, require_text(row[text_field], text_field, where), domain
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    """The text of each row.
+def read_parquet(
+    path: Path, text_field: str, domain_field: str | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """The text of each row, and its domain (empty without a field).
 
     Raises:
         ConfigError: naming the file: not Parquet, no such column, or a row whose value is not a string.
@@ -147,10 +153,14 @@ def read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
                     _field_fix(dict.fromkeys(names, "")),
                 )
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
+            columns = [text_field, *([domain_field.partition(".")[0]] if domain_field else [])]
+            if columns[-1] not in names:
+                field_domain(dict.fromkeys(names), columns[-1], str(path))
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
                     where = f"{path}, row {number}"
-                    yield where, require_text(value, text_field, where)
+                    domain = field_domain(row, domain_field, where) if domain_field else ""
+                    yield where, require_text(row[text_field], text_field, where), domain
                     number += 1
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(

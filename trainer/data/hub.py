@@ -24,6 +24,7 @@ import numpy as np
 from parallel.errors import ConfigError
 from trainer.config import DataConfig
 from trainer.data import files
+from trainer.data.domains import field_domain
 from trainer.data.packing import Packer
 from trainer.data.sources import Document, draw
 from trainer.data.tokenizer import TextTokenizer
@@ -96,7 +97,7 @@ class HubSource:
                 if path.is_file()
             )
             content = files.identify_files(found)
-        return ["hub", self._data.subset, self._data.text_field, content]
+        return ["hub", self._data.subset, self._data.text_field, self._data.domain_field, content]
 
     def documents(self) -> Iterator[Document]:
         """All documents with any text, file after file."""
@@ -119,7 +120,9 @@ class HubSource:
         if field not in row:
             raise self._no_field(where, list(row))
         text = files.require_text(row[field], field, where)
-        return Document(where, text, draw(text)) if text else None
+        domain = self._data.domain_field
+        kind = "" if domain is None else field_domain(row, domain, where)
+        return Document(where, text, draw(text), kind) if text else None
 
     def files_of(self, index: int, num_shards: int) -> tuple[datasets.IterableDataset, int, int]:
         """(stream, k, i): the files of virtual shard ``index``, of whose documents the shard takes those

@@ -1,10 +1,11 @@
 """Text to packed rows, once: tokenizer, train and valid rows and their statistics, cached by fingerprint.
 
 The cache is a folder ``<data.cache_dir>/data/<fingerprint>/`` with ``tokenizer.json``, ``train.arrow``,
-``valid.arrow``, ``unigram.npy`` and ``meta.json``. It is built in a folder aside under a file lock and
-renamed when complete, so several processes may ask at once (one builds, the others wait) and a build that
-was killed is never used. ``meta.json`` holds the size of every file; a cache that disagrees with it, or
-does not open, is built again. For ``data=hub`` the training rows are not there: they are streamed.
+``valid.arrow``, ``valid_domains.arrow``, ``domains.json``, ``unigram.npy`` and ``meta.json``. It is built in a
+folder aside under a file lock and renamed when complete, so several processes may ask at once (one builds, the
+others wait) and a build that was killed is never used. ``meta.json`` holds the size of every file; a cache that
+disagrees with it, or does not open, is built again. For ``data=hub`` the training rows are not there: they are
+streamed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from parallel.errors import ConfigError
 from trainer.config import DataConfig, RunConfig, Source
 from trainer.data.batch import IGNORED, row_targets
 from trainer.data.build import Limits, build_corpus
+from trainer.data.domains import Domains
 from trainer.data.hub import HubSource
 from trainer.data.order import evaluation_rows
 from trainer.data.packing import Rows
@@ -33,8 +35,8 @@ from trainer.data.tokenizer import TextTokenizer
 
 __all__ = ["PreparedData", "prepare_data"]
 
-_FORMAT = 1
-"""Raise when the same input would give other rows."""
+_FORMAT = 2
+"""Raise when the same input would give other rows, or other files of the cache."""
 
 _HUB_TOKENIZER_DOCUMENTS = 10_000
 
@@ -49,6 +51,7 @@ class PreparedData:
         train: the packed training rows; None where they are streamed.
         hub: the stream, for ``data=hub``; else None.
         valid: the packed held-out rows.
+        domains: of the held-out rows that evaluation reads.
         unigram_loss: nats a target of the rows that evaluation reads, under the unigram distribution of the
             training rows' targets with one added to each count: what a model without context can reach.
         bytes_per_token: UTF-8 bytes of held-out text a token, eos counted: loss / (ln 2 · this) is bits a
@@ -63,6 +66,7 @@ class PreparedData:
     train: Rows | None
     hub: HubSource | None
     valid: Rows
+    domains: Domains
     unigram_loss: float
     bytes_per_token: float
     num_train_rows: int | None
@@ -127,6 +131,7 @@ def _open_cache(folder: Path, config: RunConfig, hub: HubSource | None) -> Prepa
         tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         train = None if hub is not None else Rows(folder / "train.arrow", seq_len)
         valid = Rows(folder / "valid.arrow", seq_len)
+        domains = Domains(folder, seq_len, evaluation_rows(len(valid), config.eval.max_rows))
         counts = np.load(folder / "unigram.npy", allow_pickle=False)
     except (OSError, ValueError, KeyError):  # Arrow's errors and ConfigError are ValueErrors
         return None
@@ -136,6 +141,7 @@ def _open_cache(folder: Path, config: RunConfig, hub: HubSource | None) -> Prepa
         train=train,
         hub=hub,
         valid=valid,
+        domains=domains,
         unigram_loss=_unigram_loss(counts, valid, tokenizer.eos, config),
         bytes_per_token=meta["bytes_per_token"],
         num_train_rows=None if train is None else len(train),

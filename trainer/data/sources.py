@@ -8,7 +8,8 @@ A source of your own is a callable ``data.target=package.module:callable``. It i
 of the config (your options are in ``data.kwargs``) and returns an iterable, the same on every call, of
 
 * ``str``: one document, split by its text, or
-* ``{"text": str, "name": str}``: one document, split by its name (``name`` may be left out).
+* ``{"text": str, "name": str, "domain": str}``: one document, split by its name (``name`` and ``domain`` may
+  be left out; the domain is what kind of text it is, which shows in the report).
 
 What it returned is cached until its module, the ``data`` section or the files under ``data.path`` change.
 """
@@ -30,6 +31,7 @@ import xxhash
 from parallel.errors import ConfigError
 from trainer.config import DataConfig, Source
 from trainer.data import files
+from trainer.data.domains import folder_domain, stdlib_domain
 from trainer.plugins import load_target
 
 __all__ = ["Document", "DocumentSource", "draw", "open_source"]
@@ -37,11 +39,15 @@ __all__ = ["Document", "DocumentSource", "draw", "open_source"]
 
 @dataclass(frozen=True)
 class Document:
-    """One text. It is held out where ``draw``, in [0, 1], is below ``data.valid_fraction``."""
+    """One text. It is held out where ``draw``, in [0, 1], is below ``data.valid_fraction``.
+
+    ``domain`` says what kind of text it is, empty where that is not known.
+    """
 
     name: str
     text: str
     draw: float
+    domain: str = ""
 
 
 class DocumentSource(Protocol):
@@ -74,7 +80,7 @@ def open_source(data: DataConfig) -> DocumentSource:
     found = files.find_files(data.path, data.source.value)
     if data.source is Source.text:
         return TextSource(found, data.valid_fraction)
-    return RowSource(found, data.source, data.text_field)
+    return RowSource(found, data.source, data.text_field, data.domain_field)
 
 
 class StdlibSource:
@@ -111,7 +117,7 @@ class StdlibSource:
             parts = {f"{name}#{topic}": topics[topic] for topic in sorted(topics)} or {name: text}
             for part, content in parts.items():
                 if content.strip():
-                    yield Document(part, content, draw(part))
+                    yield Document(part, content, draw(part), stdlib_domain(name))
 
     def identity(self) -> object:
         return ["stdlib", files.identify_files(self._files)]
@@ -140,7 +146,7 @@ class TextSource:
                     yield Document(name, text[:cut], 1.0)
                     yield Document(f"{name}#end", text[cut:], 0.0)
                 else:
-                    yield Document(name, text, draw(name))
+                    yield Document(name, text, draw(name), folder_domain(name))
 
     def identity(self) -> object:
         return ["text", files.identify_files(self._files)]
@@ -149,18 +155,21 @@ class TextSource:
 class RowSource:
     """One document a row of JSON lines or Parquet; rows without text are passed over."""
 
-    def __init__(self, found: list[tuple[str, Path]], kind: Source, text_field: str) -> None:
-        self._files, self._kind, self._text_field = found, kind, text_field
+    def __init__(
+        self, found: list[tuple[str, Path]], kind: Source, text_field: str, domain_field: str | None = None
+    ) -> None:
+        self._files, self._kind = found, kind
+        self._text_field, self._domain_field = text_field, domain_field
 
     def documents(self) -> Iterator[Document]:
         read = files.read_jsonl if self._kind is Source.jsonl else files.read_parquet
-        for _, path in self._files:
-            for where, text in read(path, self._text_field):
+        for name, path in self._files:
+            for where, text, domain in read(path, self._text_field, self._domain_field):
                 if text:
-                    yield Document(where, text, draw(text))
+                    yield Document(where, text, draw(text), domain or folder_domain(name))
 
     def identity(self) -> object:
-        return [self._kind.value, self._text_field, files.identify_files(self._files)]
+        return [self._kind.value, self._text_field, self._domain_field, files.identify_files(self._files)]
 
 
 class TargetSource:
@@ -183,9 +192,12 @@ class TargetSource:
                 row = {"text": item} if isinstance(item, str) else item
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise self._wrong(f"document {number} is {_short(item)}")
+                domain = row.get("domain") or ""
+                if not isinstance(domain, str):
+                    raise self._wrong(f"document {number} has the domain {_short(domain)}")
                 text, name = files.require_text(row["text"], "text", f"document {number}"), row.get("name")
                 if text:
-                    yield Document(str(name or number), text, draw(str(name) if name else text))
+                    yield Document(str(name or number), text, draw(str(name) if name else text), domain)
         except OSError as error:  # told apart from a cache that cannot be written
             raise self._wrong(f"raised {type(error).__name__}: {error}") from error
 
@@ -202,7 +214,10 @@ class TargetSource:
 
     def _wrong(self, relation: str) -> ConfigError:
         return ConfigError(
-            "data.target", self._target, relation, 'yield str or {"text": str, "name": str} for each document'
+            "data.target",
+            self._target,
+            relation,
+            'yield str or {"text": str, "name": str, "domain": str} for each document',
         )
 
 
