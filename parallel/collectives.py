@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.exchange_check import Notice
+from parallel.exchange_timer import ExchangeTimer
 from parallel.recompute import recorded
 
 
@@ -18,13 +20,15 @@ def exchange_rows(
     recv: list[int],
     group: dist.ProcessGroup,
     notice: Notice | None,
+    timer: ExchangeTimer | None = None,
     backward: bool = False,
 ) -> Tensor:
     """One all-to-all as it is: no gradient, nothing recorded. Arguments as :func:`all_to_all_rows`."""
-    if notice is not None:
-        notice.before(x_ND, send, recv, backward)
-    received = x_ND.new_empty(sum(recv), *x_ND.shape[1:])
-    dist.all_to_all_single(received, x_ND.contiguous(), recv, send, group=group)
+    with nullcontext() if timer is None else timer.timed():
+        if notice is not None:
+            notice.before(x_ND, send, recv, backward)
+        received = x_ND.new_empty(sum(recv), *x_ND.shape[1:])
+        dist.all_to_all_single(received, x_ND.contiguous(), recv, send, group=group)
     return received
 
 
@@ -37,14 +41,15 @@ class _AllToAll(torch.autograd.Function):
         recv: list[int],
         group: dist.ProcessGroup,
         notice: Notice | None,
+        timer: ExchangeTimer | None,
     ) -> Tensor:
-        ctx.send, ctx.recv, ctx.group, ctx.notice = send, recv, group, notice
-        return recorded(lambda: exchange_rows(x_ND, send, recv, group, notice))
+        ctx.send, ctx.recv, ctx.group, ctx.notice, ctx.timer = send, recv, group, notice, timer
+        return recorded(lambda: exchange_rows(x_ND, send, recv, group, notice, timer))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        home = exchange_rows(grads[0], ctx.recv, ctx.send, ctx.group, ctx.notice, backward=True)
-        return home, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        home = exchange_rows(grads[0], ctx.recv, ctx.send, ctx.group, ctx.notice, ctx.timer, backward=True)
+        return home, None, None, None, None, None
 
 
 def all_to_all_rows(
@@ -53,6 +58,7 @@ def all_to_all_rows(
     recv_splits: list[int],
     group: dist.ProcessGroup,
     notice: Notice | None = None,
+    timer: ExchangeTimer | None = None,
 ) -> Tensor:
     """Send ``send_splits[r]`` consecutive rows to rank r of the group; backward sends gradients home.
 
@@ -61,6 +67,7 @@ def all_to_all_rows(
     Args:
         x_ND: rows ordered by destination, ``N = sum(send_splits)``. Zero splits are fine.
         notice: what the ranks are to agree on first, in both directions.
+        timer: told how long it took, in both directions.
 
     Returns:
         ``[sum(recv_splits), D]``, ordered by source rank.
@@ -68,13 +75,18 @@ def all_to_all_rows(
     Raises:
         DesyncError: with a notice, on every rank of the group: they do not agree.
     """
-    return _AllToAll.apply(x_ND, send_splits, recv_splits, group, notice)
+    return _AllToAll.apply(x_ND, send_splits, recv_splits, group, notice, timer)
 
 
-def exchange_counts(counts: Tensor, group: dist.ProcessGroup, notice: Notice | None = None) -> Tensor:
+def exchange_counts(
+    counts: Tensor,
+    group: dist.ProcessGroup,
+    notice: Notice | None = None,
+    timer: ExchangeTimer | None = None,
+) -> Tensor:
     """All-to-all of an ``[ep, E_local]`` table of row counts: row r goes to rank r. No gradient.
 
-    Replayed, like the rows, in a recomputation; ``notice`` as for them.
+    Replayed, like the rows, in a recomputation; ``notice`` and ``timer`` as for them.
     """
     even = [1] * dist.get_world_size(group)
-    return recorded(lambda: exchange_rows(counts, even, even, group, notice))
+    return recorded(lambda: exchange_rows(counts, even, even, group, notice, timer))

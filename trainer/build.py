@@ -17,6 +17,7 @@ from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import Engine, whole_state
 from parallel.errors import ConfigError
 from parallel.exchange_check import ExchangeCheck
+from parallel.exchange_timer import ExchangeTimer
 from parallel.mesh import Meshes
 from trainer.callbacks import Callback
 from trainer.checkpoint.resume import Checkpoint
@@ -110,7 +111,10 @@ def _check_own_model(model: nn.Module, config: RunConfig) -> None:
 
 
 def build_dispatcher(
-    meshes: Meshes, check: ExchangeCheck | None = None, budget: int | None = None
+    meshes: Meshes,
+    check: ExchangeCheck | None = None,
+    budget: int | None = None,
+    timer: ExchangeTimer | None = None,
 ) -> Dispatcher:
     """The backend for the ep axis.
 
@@ -119,7 +123,12 @@ def build_dispatcher(
     """
     if meshes.dims.ep == 1:
         return LocalDispatcher(budget)
-    return AllToAllDispatcher(meshes.ep, check, budget=budget)
+    return AllToAllDispatcher(meshes.ep, check, budget=budget, timer=timer)
+
+
+def build_exchange_timer(meshes: Meshes, device: torch.device) -> ExchangeTimer | None:
+    """Who times the exchanges of the ep axis; None where there are none."""
+    return ExchangeTimer(meshes.ep, device) if meshes.dims.ep > 1 else None
 
 
 def build_exchange_check(

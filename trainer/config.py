@@ -414,6 +414,35 @@ class ResilienceConfig:
 
 
 @dataclass
+class HealthConfig:
+    """What is watched of the routing, and from where on it is trouble (docs/health.md)."""
+
+    every: int = 10
+    """Steps between looks at the window, when alarms may come; 0: the routing is not watched."""
+    window: int = 20
+    """Steps that the window looks back: an exponential mean whose weights fall to 1/e over them."""
+    maps_every: int = 100
+    """Steps between counts of which experts are chosen together; evaluations count besides. 0: these only."""
+    collapse: float = 0.25
+    """Alarm where the load is spread less evenly than this: 1 evenly, 0 when the same top_k experts take every
+    token. 0: no such alarm."""
+    dead_steps: int = 50
+    """Alarm where an expert had no token for so many steps; 0: no such alarm."""
+    entropy: float = 0.03
+    """Alarm where the router's entropy is below this share of an even router's; 0: no such alarm."""
+    entropy_fall: float = 0.5
+    """Alarm where the entropy over the window is below this share of that over eight windows; 0: no such alarm."""
+    rank_max_over_mean: float = 1.75
+    """Alarm where the busiest ep rank is sent so many times the mean (dropless layouts); 0: no such alarm."""
+    drop_rate: float = 0.4
+    """Alarm where this share of the routed pairs is dropped; 0: no such alarm."""
+    trace_every: int = 0
+    """Steps between recordings of every token's choices into traces/, those of evaluations besides; 0: none."""
+    replay: str | None = None
+    """A run directory whose traces the routers follow instead of choosing."""
+
+
+@dataclass
 class WandbConfig:
     mode: WandbMode = WandbMode.offline
     project: str = "muster"
@@ -543,6 +572,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     callbacks: list[CallbackConfig] = field(default_factory=list)

@@ -24,6 +24,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader import Loader, merge_states
 from trainer.data.prepare import PreparedData
 from trainer.generation import sample
+from trainer.health.monitor import Health
 from trainer.layout_rules import split_of
 from trainer.metrics.step import Hardware, check_user_metrics, step_metrics
 from trainer.runlog import RunLog
@@ -69,6 +70,7 @@ class Trainer:
     checkpoints: DurableCheckpointer
     log: RunLog
     callbacks: list[Callback]
+    health: Health
     hardware: Hardware
     control: dist.ProcessGroup
     state: TrainState = field(default_factory=TrainState)
@@ -83,6 +85,8 @@ class Trainer:
         """
         config, state = self.config, self.state
         self.stepper.on_gradients = self._on_gradients
+        self.stepper.observer = self.health
+        self.health.begin(state.step)
         for callback in self.callbacks:
             callback.on_start(self)
         if state.step == 0 and config.eval.every:
@@ -100,6 +104,7 @@ class Trainer:
                 self.save(best=improved)
             self._log_saves()
             if result.stop and not last:
+                self.health.finish()
                 self.checkpoints.wait()
                 self._log_saves()
                 self.log.event("stop", state.step, reason="asked to stop", resumable=True)
@@ -113,7 +118,9 @@ class Trainer:
         batches = self.loader.next_step()
         for callback in self.callbacks:
             callback.on_batches(self, batches)
+        self.health.enter("train", self.state.step + 1)
         result = self.result = self.stepper.train_step(self.state.step, batches)
+        self.health.leave()
         self.state.step += 1
         self.state.tokens += self.config.train.global_batch * self.config.train.seq_len
         self._since_log.append(time.perf_counter() - began)
@@ -126,7 +133,9 @@ class Trainer:
     def evaluate(self) -> tuple[float, bool]:
         """Held-out loss in nats a token, and whether it is the lowest so far. Collective."""
         began = time.perf_counter()
+        self.health.enter("valid", self.state.step)
         totals = self.stepper.evaluate(self.valid)
+        self.health.leave()
         loss = totals.mean(totals.cross_entropy)
         # A loss that is not a number is never the best.
         best = math.isfinite(loss) and (self.state.best_loss is None or loss < self.state.best_loss)
@@ -150,6 +159,7 @@ class Trainer:
             **asdict(self.state),
             "split": split_of(self.config, self.dims),
             "loader": merge_states(states),
+            "health": self.health.state_dict(),
             "callbacks": [
                 {"target": entry.target, "state": callback.state_dict()}
                 for entry, callback in zip(self.config.callbacks, self.callbacks, strict=True)
@@ -188,6 +198,7 @@ class Trainer:
         saved = dict(checkpoint.trainer)
         self._check_split(saved.pop("split", None))
         self.loader.load_state_dict(saved.pop("loader"))
+        self.health.load_state_dict(saved.pop("health", {}))
         unclaimed = self._load_callbacks(saved.pop("callbacks"))
         self.state = TrainState(**saved)
         if checkpoint.world_size == self.dims.world_size:
@@ -239,6 +250,9 @@ class Trainer:
         if logged and self.log.active:
             seconds = sum(self._since_log) / len(self._since_log)
             record = step_metrics(result, self.config, self.hardware, seconds)
+        if logged:
+            record.update(self.health.metrics(result.totals))
+        self.health.after_step(self.state.step, result.totals)
         for index, callback in enumerate(self.callbacks):
             own = callback.on_step_end(self, record) or {}
             check_user_metrics(own, f"callbacks[{index}].target", self.config.callbacks[index].target)
@@ -269,6 +283,7 @@ class Trainer:
     def _finish(self) -> None:
         self.checkpoints.wait()
         self._log_saves()
+        self.health.finish()
         for callback in self.callbacks:
             callback.on_finish(self)
         config, state = self.config, self.state

@@ -9,6 +9,7 @@ from trainer.config import (
     AttentionKind,
     Device,
     EngineName,
+    HealthConfig,
     ModelConfig,
     RopeScaling,
     RopeScalingConfig,
@@ -56,6 +57,7 @@ def validate(config: RunConfig) -> None:
     _check_engine(config)
     _check_data(config, dims)
     _check_optim(config)
+    _check_health(config)
     check_deepspeed(config, dims)
     check_launcher(config)
     require(
@@ -76,13 +78,14 @@ def validate(config: RunConfig) -> None:
 _POSITIVE = (
     "model.dim model.num_layers model.num_heads model.num_kv_heads model.ffn_dim model.head_dim "
     "layout.granularity layout.moe_every train.global_batch train.micro_batch train.seq_len "
-    "train.num_threads eval.max_rows logger.every data.tokenizer.vocab_size"
+    "train.num_threads eval.max_rows logger.every health.window data.tokenizer.vocab_size"
 ).split()
 _NOT_NEGATIVE = (
     "layout.num_experts layout.num_shared_experts layout.num_zero_experts layout.num_copy_experts "
     "layout.first_dense_layers layout.logit_norm layout.jitter layout.balance.coefficient "
     "layout.balance.router_z layout.balance.bias_update_rate optim.lr optim.weight_decay "
     "optim.max_grad_norm optim.warmup_steps optim.decay_steps eval.every eval.sample_tokens "
+    "health.every health.maps_every health.dead_steps health.trace_every "
     "checkpoint.every checkpoint.keep_every resilience.max_restarts train.steps train.seed"
 ).split()
 
@@ -263,6 +266,30 @@ def _check_data(config: RunConfig, dims: ParallelDims) -> None:
             shards,
             f"must divide train.global_batch = {config.train.global_batch} and be a multiple of dp = {dims.dp}",
             f"data.virtual_shards={nearest(shards, legal)}",
+        )
+
+
+def _check_health(config: RunConfig) -> None:
+    health = config.health
+    for name in ("collapse", "entropy", "entropy_fall", "drop_rate"):
+        value = getattr(health, name)
+        default = getattr(HealthConfig, name)
+        require(0.0 <= value < 1.0, f"health.{name}", value, "a share in [0, 1)", f"health.{name}={default}")
+    limit = health.rank_max_over_mean
+    require(
+        limit == 0 or limit > 1,
+        "health.rank_max_over_mean",
+        limit,
+        "a multiple of the mean above 1, or 0 for no such alarm",
+        "health.rank_max_over_mean=1.75",
+    )
+    for name, given in (("trace_every", health.trace_every > 0), ("replay", health.replay is not None)):
+        require(
+            not given or config.layout.num_experts > 0,
+            f"health.{name}",
+            getattr(health, name),
+            f"layout={config.layout.name} routes nothing",
+            f"health.{name}={'0' if name == 'trace_every' else 'null'}, or a layout with experts",
         )
 
 

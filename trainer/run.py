@@ -26,6 +26,7 @@ from trainer.build import (
     build_dispatcher,
     build_engine,
     build_exchange_check,
+    build_exchange_timer,
     build_model,
     torch_dtype,
 )
@@ -37,6 +38,7 @@ from trainer.data.loader import build_loader, valid_batches
 from trainer.data.prepare import prepare_data
 from trainer.data.tokenizer import TextTokenizer
 from trainer.hardware import device_name, peak_flops
+from trainer.health.monitor import Health
 from trainer.loop import Trainer, owned_bytes
 from trainer.metrics.step import Hardware
 from trainer.models.cost import model_cost
@@ -147,7 +149,8 @@ def _build_trainer(
     directory = run_dir / "checkpoints"
     prepared = prepare_data(config)
     check = build_exchange_check(config, meshes, place.rank, place.store)
-    dispatcher = build_dispatcher(meshes, check, config.parallel.max_tokens_in_flight)
+    timer = build_exchange_timer(meshes, device)
+    dispatcher = build_dispatcher(meshes, check, config.parallel.max_tokens_in_flight, timer)
     model = build_model(config, dispatcher)
     hardware = Hardware(model_cost(model, config), peak_flops(device, torch_dtype(config)) * place.world_size)
     engine = build_engine(config, meshes, device)
@@ -157,6 +160,7 @@ def _build_trainer(
         remove_stale(directory, str(place.generation))
     _prove_shared(directory, place, control)
     dp_rank = dims.dp_rank(place.rank)
+    log = RunLog(run_dir, config, _plain(config), active=place.rank == 0, terminal=not place.agent)
     trainer = Trainer(
         config=config,
         dims=dims,
@@ -176,14 +180,9 @@ def _build_trainer(
             config.checkpoint.keep_every,
             _SAVE_TIMEOUT_SECONDS,
         ),
-        log=RunLog(
-            run_dir,
-            config,
-            _plain(config),
-            active=place.rank == 0,
-            terminal=not place.agent,
-        ),
+        log=log,
         callbacks=build_callbacks(config),
+        health=Health(config, place.rank, place.world_size, run_dir, prepared, device, log, timer),
         hardware=hardware,
         control=control,
     )

@@ -20,7 +20,7 @@ from trainer.metrics.jsonl import (
     read_events,
     read_metrics,
 )
-from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
+from trainer.metrics.schema import EVENTS_FILE, HEALTH_FILE, METRICS_FILE
 from trainer.metrics.terminal import TerminalView
 from trainer.metrics.wandb_sink import WandbSink
 
@@ -53,6 +53,7 @@ class RunLog:
             return
         self._metrics = metrics_writer(run_dir)
         self._events = events_writer(run_dir)
+        self._health: JsonlWriter | None = None
         self._view: TerminalView | None = None
         self._wandb: WandbSink | None = None
         self._early: list[tuple[str, str]] = []
@@ -88,6 +89,9 @@ class RunLog:
         restart = self._restart(step, int(start["generation"]))
         try:
             self._metrics.truncate_after(step)
+            if (self.run_dir / HEALTH_FILE).exists():
+                self._health = JsonlWriter(self.run_dir / HEALTH_FILE)
+                self._health.truncate_after(step)
         except OSError as error:
             raise storage_error(error, self._metrics.path, 0, field="run.root") from error
         self.event("start", step, **start, wandb_id=self.wandb_id)
@@ -152,6 +156,14 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.metrics(record)
 
+    def health(self, record: dict[str, Any]) -> None:
+        """Write one record of the routing's health. Raises StorageError if the disk does not take it."""
+        if not self.active:
+            return
+        if self._health is None:
+            self._health = JsonlWriter(self.run_dir / HEALTH_FILE)
+        _write(self._health, record)
+
     def goodput(self) -> float:
         """So far, 0 to 1."""
         return self._meter.metrics(time.time())["ft/goodput"] if self._meter is not None else 0.0
@@ -170,8 +182,9 @@ class RunLog:
             self._view.close()
         if self._wandb is not None:
             self._wandb.close()
-        self._metrics.close()
-        self._events.close()
+        for writer in (self._metrics, self._events, self._health):
+            if writer is not None:
+                writer.close()
 
 
 def _write(writer: JsonlWriter, record: Mapping[str, Any]) -> None:

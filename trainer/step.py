@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from parallel.exchange_check import ExchangeCheck
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.models.transformer import Losses
+from trainer.moe.replay import replaying
 from trainer.optim import learning_rate
 
 
@@ -100,6 +103,16 @@ class StepResult:
     stop: bool
 
 
+class Observer(Protocol):
+    """Who is shown every micro-batch that goes forward, in steps and in evaluations."""
+
+    def routes(self, batch: Batch) -> Sequence[Tensor] | None:
+        """The experts that its tokens go to (:func:`trainer.moe.replay.replaying`); None: the routers choose."""
+
+    def saw(self, batch: Batch, losses: Losses) -> None:
+        """It went forward, to these losses. No host sync here."""
+
+
 class Stepper:
     """Runs optimizer steps of one engine.
 
@@ -113,6 +126,7 @@ class Stepper:
 
     Attributes:
         on_gradients: called between the last backward of a step and clipping.
+        observer: None where nobody watches.
     """
 
     def __init__(
@@ -129,6 +143,7 @@ class Stepper:
         self.wants_stop = wants_stop
         self.check = check
         self.on_gradients: Callable[[], None] = lambda: None
+        self.observer: Observer | None = None
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
         """Forward, backward, clip and update on this rank's micro-batches of step ``step`` (0-based).
@@ -176,11 +191,15 @@ class Stepper:
         layout = self.config.layout
         noisy = self.engine.model.training and (layout.jitter > 0 or layout.sample_second)
         noise = (batch.sample_ids,) if noisy else ()
-        found = self.engine.model(batch.tokens, batch.targets, documents, *noise)
-        if isinstance(found, Losses):
-            return found
+        given = None if self.observer is None else self.observer.routes(batch)
+        with nullcontext() if given is None else replaying(given):
+            found = self.engine.model(batch.tokens, batch.targets, documents, *noise)
         if isinstance(found, Tensor) and found.dim() == 0:  # of a model of the user's own
-            return Losses(found, ())
+            found = Losses(found, ())
+        if isinstance(found, Losses):
+            if self.observer is not None:
+                self.observer.saw(batch, found)
+            return found
         shape = f" of shape {list(found.shape)}" if isinstance(found, Tensor) else ""
         raise ConfigError(
             "model.target",

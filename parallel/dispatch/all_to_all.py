@@ -24,6 +24,7 @@ from parallel.dispatch.local import rows_of_experts
 from parallel.dispatch.permute import Permutation, gather, plan, spread
 from parallel.dispatch.rounds import Rounds, num_rounds
 from parallel.exchange_check import ExchangeCheck, Notice
+from parallel.exchange_timer import ExchangeTimer
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class AllToAllDispatcher:
         check: what the ranks do before each exchange; None: nothing.
         layer: index of the block, for what the check says.
         budget: most rows that a rank receives at a time; None: whatever comes.
+        timer: told how long each exchange took; None: nobody asks.
     """
 
     def __init__(
@@ -69,13 +71,15 @@ class AllToAllDispatcher:
         check: ExchangeCheck | None = None,
         layer: int | None = None,
         budget: int | None = None,
+        timer: ExchangeTimer | None = None,
     ) -> None:
         self.group, self.check, self.layer, self.budget = group, check, layer, budget
+        self.timer = timer
         self.ep = dist.get_world_size(group)
         self.ep_rank = dist.get_rank(group)
 
     def at_layer(self, index: int) -> AllToAllDispatcher:
-        return AllToAllDispatcher(self.group, self.check, index, self.budget)
+        return AllToAllDispatcher(self.group, self.check, index, self.budget, self.timer)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         home, counts = self._home(routing)
@@ -88,7 +92,7 @@ class AllToAllDispatcher:
         inverse = Permutation(regroup.pair_of_row_N[:, None], regroup.row_of_pair_TK[:, 0], partial=False)
         answers = spread(rows_ND, inverse)
         send, recv = metadata.recv_splits, metadata.send_splits
-        returned = all_to_all_rows(answers, send, recv, self.group, self._notice("combine"))
+        returned = all_to_all_rows(answers, send, recv, self.group, self._notice("combine"), self.timer)
         return gather(returned, routing.weight_TK, metadata.home)
 
     def run(self, x_TD: Tensor, routing: Routing, experts: nn.Module) -> tuple[Tensor, Tensor]:
@@ -127,12 +131,13 @@ class AllToAllDispatcher:
             rows_SD = None if self.budget is None else torch.tensor([splits] * self.ep)
             return _Sizes(splits, splits, counts, rows_SD)
         if self.budget is None:
-            received = exchange_counts(counts, self.group, self._notice("counts"))  # [source, local expert]
+            received = exchange_counts(counts, self.group, self._notice("counts"), self.timer)  # [source, local expert]
             send, recv = torch.stack([counts.sum(1), received.sum(1)]).tolist()
             return _Sizes(send, recv, received)
         # All ranks must come to the same number of rounds, so each is told all counts, not only its own.
         told = counts.view(1, -1).repeat(self.ep, 1)
-        counts_SDE = exchange_counts(told, self.group, self._notice("counts")).view(self.ep, *counts.shape)
+        counts_SDE = exchange_counts(told, self.group, self._notice("counts"), self.timer)
+        counts_SDE = counts_SDE.view(self.ep, *counts.shape)
         rows_SD = counts_SDE.sum(2).cpu()
         send, recv = rows_SD[self.ep_rank].tolist(), rows_SD[:, self.ep_rank].tolist()
         return _Sizes(send, recv, counts_SDE[:, self.ep_rank], rows_SD)
@@ -149,7 +154,8 @@ class AllToAllDispatcher:
             expert_of_row = torch.arange(num_local, device=rows.device)
             expert_of_row = expert_of_row.repeat_interleave(routing.num_slots).repeat(self.ep)
         regroup = Permutation.by_key(expert_of_row[:, None])
-        arrived = all_to_all_rows(rows, sizes.send, sizes.recv, self.group, self._notice("dispatch"))
+        notice = self._notice("dispatch")
+        arrived = all_to_all_rows(rows, sizes.send, sizes.recv, self.group, notice, self.timer)
         return Dispatched(
             rows_ND=spread(arrived, regroup),
             counts_E=sizes.received_SE.sum(0),
@@ -162,7 +168,7 @@ class AllToAllDispatcher:
         return torch.full((), sent, dtype=torch.int64, device=sizes.received_SE.device)
 
     def _swap(self, rows: Tensor, send: list[int], recv: list[int], what: str) -> Tensor:
-        return exchange_rows(rows, send, recv, self.group, self._notice(what))
+        return exchange_rows(rows, send, recv, self.group, self._notice(what), self.timer)
 
     def _notice(self, operation: str) -> Notice | None:
         return None if self.check is None else Notice(self.check, self.layer, operation)

@@ -280,10 +280,12 @@ def a_round_forgets_those_before_it(config: RunConfig, rank: int) -> AbstractCon
 def a_rank_skips_an_exchange(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
     original = parallel.dispatch.all_to_all.all_to_all_rows
 
-    def skipping(rows: Tensor, send: list[int], recv: list[int], group: Any, notice: Any) -> Tensor:
+    def skipping(
+        rows: Tensor, send: list[int], recv: list[int], group: Any, notice: Any, timer: Any
+    ) -> Tensor:
         if rank == 1 and notice.operation == "dispatch":
             return rows.new_zeros(sum(recv), rows.shape[1])
-        return original(rows, send, recv, group, notice)
+        return original(rows, send, recv, group, notice, timer)
 
     return patch.object(parallel.dispatch.all_to_all, "all_to_all_rows", skipping)
 

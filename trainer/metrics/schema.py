@@ -17,6 +17,7 @@ Record = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+HEALTH_FILE = "health.jsonl"
 USER_PREFIX = "user/"
 
 
@@ -112,11 +113,39 @@ METRICS: tuple[Metric, ...] = (
         "Share of routed pairs dropped for capacity, over all MoE layers.",
     ),
     Metric(
+        "moe/unserved_rate",
+        "fraction",
+        "number",
+        "Share of tokens that no expert answered: every pair was dropped, or no expert picked the token. Mean over "
+        "MoE layers.",
+    ),
+    Metric(
+        "moe/rank_max_over_mean",
+        "of mean",
+        "number",
+        "Routed pairs sent to the busiest ep rank's experts, before drops / mean over the ep ranks; the worst MoE "
+        "layer. With ep above 1.",
+    ),
+    Metric(
+        "moe/wait_seconds",
+        "s/step",
+        "number",
+        "Seconds that a rank waited in the step's exchanges of tokens, forward and backward, for the last rank to "
+        "come: its time in each exchange minus the least of the ranks of that exchange, summed; mean over ranks. "
+        "Uneven loads are the usual cause, slow ranks another. With ep above 1.",
+    ),
+    Metric(
         "moe/router_entropy",
         "nat",
         "number",
         "Entropy of a token's normalised scores over the experts, mean over tokens and MoE layers; "
         "even: ln(experts).",
+    ),
+    Metric(
+        "moe/router_confidence",
+        "probability",
+        "number",
+        "Largest of a token's normalised scores, mean over tokens and MoE layers; even: 1 / experts.",
     ),
     Metric(
         "moe/a2a_bytes",
@@ -180,7 +209,15 @@ EVENTS: dict[str, dict[str, str]] = {
         "lost_steps": "to compute again",
     },
     "stop": {"reason": "why", "resumable": "whether `muster resume` can go on"},
-    "alarm": {"kind": "of trouble", "message": "what, and what was done"},
+    "alarm": {
+        "kind": "of trouble; those of the routing are in [health.md](health.md)",
+        "message": "what, and what was done",
+        "state": "of the routing: `raised` or `cleared`",
+        "layers": "that are in this trouble now",
+        "since": "step at which the trouble of the message was found",
+        "evidence": "a dict a layer of the message: `layer`, `experts` and numbers",
+        "remedy": "what to change in the config",
+    },
     "finish": {
         "weights_digest": "128 bits; equal if and only if the weights are",
         "goodput": "0 to 1",
@@ -194,7 +231,11 @@ EVENTS: dict[str, dict[str, str]] = {
     },
 }
 # Goodput puts an evaluation that was not timed under *other*.
-_OPTIONAL_FIELDS = {"evaluation": {"seconds"}, "start": {"wandb_id"}}
+_OPTIONAL_FIELDS = {
+    "evaluation": {"seconds"},
+    "start": {"wandb_id"},
+    "alarm": {"state", "layers", "since", "evidence", "remedy"},
+}
 
 _BY_NAME = {metric.name: metric for metric in (*_AXES, *METRICS)}
 _LOAD = re.compile(r"moe/L(\d+)/load")
@@ -283,7 +324,7 @@ def markdown() -> str:
         f"A run directory holds `{METRICS_FILE}`, one JSON object a logged step, and `{EVENTS_FILE}`, one",
         "JSON object an event. Both are only appended to, except that a resume removes the metrics of steps",
         'it will redo. JSON has no NaN: such values are the strings `"NaN"`, `"Infinity"` and `"-Infinity"`',
-        "(`float()` reads them).",
+        "(`float()` reads them). What is too large for every step is in `health.jsonl`: [health.md](health.md).",
         "",
         "## metrics.jsonl",
         "",

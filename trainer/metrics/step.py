@@ -10,9 +10,10 @@ from torch import Tensor
 
 from parallel.errors import ConfigError
 from trainer.config import Dtype, RunConfig
+from trainer.health.ranks import rank_shares
 from trainer.metrics.schema import USER_PREFIX, load_name
 from trainer.models.cost import Cost
-from trainer.models.transformer import is_moe_layer
+from trainer.models.transformer import moe_layers
 from trainer.step import StepResult
 
 
@@ -48,6 +49,8 @@ def step_metrics(result: StepResult, config: RunConfig, hardware: Hardware, seco
             "loss/balance": totals.mean(totals.balance_L) / num_layers,
             "loss/router_z": totals.mean(totals.router_z_L) / num_layers,
             "moe/router_entropy": totals.mean(totals.entropy_L) / num_layers,
+            "moe/router_confidence": totals.mean(totals.confidence_L) / num_layers,
+            "moe/unserved_rate": int(totals.unserved_L.sum()) / (tokens * num_layers),
             "moe/a2a_bytes": int(totals.sent_L.sum()) * _bytes_of_row(config),
             **_load_metrics(totals.counts_LE, totals.dropped_L, config),
         }
@@ -76,13 +79,16 @@ def _bytes_of_row(config: RunConfig) -> int:
 
 
 def _load_metrics(counts_LE: Tensor, dropped_L: Tensor, config: RunConfig) -> dict[str, Any]:
-    layers = [i for i in range(config.model.num_layers) if is_moe_layer(config, i)]
+    layers = moe_layers(config)
     if len(layers) != len(counts_LE):  # layers of the user's own: numbered as they come
         layers = list(range(len(counts_LE)))
     share_LE = counts_LE.double() / counts_LE.sum(1, keepdim=True).clamp_min(1)
     loads: dict[str, Any] = {load_name(i): share.tolist() for i, share in zip(layers, share_LE, strict=True)}
+    share_LR = rank_shares(config, counts_LE)
+    ranks = {} if share_LR is None else {"moe/rank_max_over_mean": config.parallel.ep * float(share_LR.max())}
     return {
         **loads,
+        **ranks,
         "moe/max_over_mean": float(share_LE.max()) * counts_LE.shape[1],
         "moe/dead_experts": int((counts_LE == 0).sum()),
         "moe/drop_rate": int(dropped_L.sum()) / max(1, int(counts_LE.sum())),

@@ -220,6 +220,11 @@ def is_moe_layer(config: RunConfig, index: int) -> bool:
     return layout.num_experts > 0 and after >= 0 and after % layout.moe_every == layout.moe_every - 1
 
 
+def moe_layers(config: RunConfig) -> list[int]:
+    """Indices of the layers that have experts."""
+    return [index for index in range(config.model.num_layers) if is_moe_layer(config, index)]
+
+
 def default_feed_forward(config: RunConfig, index: int, dispatcher: Dispatcher) -> nn.Module:
     """Dense or MoE, as the layout says."""
     if is_moe_layer(config, index):
