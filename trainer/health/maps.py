@@ -95,6 +95,7 @@ class RoutingMaps:
             "counts": self._counts_LE.tolist(),
         }
         if self._pairs_LEE is not None:
+            found["max_pairs"] = MAX_PAIRS
             found["pairs"] = [_strongest(pairs_EE) for pairs_EE in self._pairs_LEE.cpu()]
         if self._domains_LGE is not None:
             found["domains"] = self.domains

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from parallel.errors import ConfigError
 from trainer.metrics.goodput import Account, account
+from trainer.metrics.health import read_health
 from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE, Record, as_float, load_layer, load_name
 
@@ -19,11 +20,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class History:
-    """The records and events of one run directory."""
+    """The records and events of one run directory, and what health.jsonl says of the routing."""
 
     run_dir: Path
     records: list[Record]
     events: list[Record]
+    health: list[Record] = field(default_factory=list)
 
     @classmethod
     def load(cls, run_dir: Path) -> History:
@@ -39,7 +41,8 @@ class History:
                 f"a run directory holds {EVENTS_FILE} and {METRICS_FILE}",
                 "give the directory that training printed, runs/NAME/ID",
             )
-        return cls(run_dir, read_metrics(run_dir / METRICS_FILE), read_events(run_dir / EVENTS_FILE))
+        records, events = read_metrics(run_dir / METRICS_FILE), read_events(run_dir / EVENTS_FILE)
+        return cls(run_dir, records, events, read_health(run_dir))
 
     def all(self, *names: str) -> list[Record]:
         """Events of these kinds, oldest first."""

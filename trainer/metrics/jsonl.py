@@ -146,17 +146,18 @@ def events_writer(run_dir: Path) -> JsonlWriter:
 
 def read_metrics(path: Path) -> list[Record]:
     """All whole records of a metrics.jsonl, of a step logged twice the last; [] if there is no file."""
-    records = _read(path)
+    records = read_records(path)
     last = {record.get("step"): index for index, record in enumerate(records)}
     return [record for index, record in enumerate(records) if last[record.get("step")] == index]
 
 
 def read_events(path: Path) -> list[Record]:
     """All whole records of an events.jsonl in the order of their times; [] if there is no file."""
-    return sorted(_read(path), key=lambda event: event.get("time", 0.0))
+    return sorted(read_records(path), key=lambda event: event.get("time", 0.0))
 
 
-def _read(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
+    """All whole records of a JSONL file, in order; [] if there is no file."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:

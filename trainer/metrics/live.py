@@ -44,6 +44,8 @@ class State:
     first_valid: float | None = None
     loads: dict[int, list[float]] = field(default_factory=dict)
     notices: list[Record] = field(default_factory=list)
+    alarms: dict[str, Record] = field(default_factory=dict)
+    """Kinds of trouble with the routing that are not over, each with what was said of it last."""
     began: float | None = None
     seen: float | None = None
     eta: float | None = None
@@ -72,10 +74,24 @@ class State:
             self._validated(as_float(event["loss_valid"]))
         elif event["event"] == "resume":
             self.latest = {**self.latest, "step": event["step"]}
+            # What was said of later steps will be said again, if it is so again.
+            self.alarms = {kind: e for kind, e in self.alarms.items() if e["step"] <= event["step"]}
+        elif event["event"] == "alarm" and "state" in event:
+            self._alarm(event)
+            if event["state"] == "raised":  # it stays in sight by itself until it is over
+                return
         # Of what happens all the time only the newest stays, so that a failure stays in sight. A new list,
         # since the drawing thread may be reading the old one.
         kept = [e for e in self.notices if e["event"] != event["event"] or e["event"] not in _ROUTINE]
         self.notices = [*kept, event][-_NOTICES:]
+
+    def _alarm(self, event: Record) -> None:
+        alarms = {**self.alarms}
+        if event["state"] == "raised":
+            alarms[event["kind"]] = event
+        elif not event.get("layers"):
+            alarms.pop(event["kind"], None)
+        self.alarms = alarms
 
     def _validated(self, loss: float) -> None:
         self.valid = loss
@@ -102,7 +118,8 @@ def render(state: State, width: int, height: int, ascii_only: bool = False) -> l
     head = _header(state, width)
     progress = [_progress(state, width, ascii_only)]
     numbers = _flow(_numbers(state), width)
-    notices = [_notice(event, ascii_only) for event in state.notices]
+    notices = [line for event in state.alarms.values() for line in _alarm(event)]
+    notices += [_notice(event, ascii_only) for event in state.notices]
     if state.idle > 20 and state.latest.get("step", 0) < state.total_steps:
         notices.append(Text(f"no news for {seconds_text(state.idle)}", style="yellow"))
     room = height - len(head) - len(progress) - len(numbers) - len(notices) - 4
@@ -196,6 +213,14 @@ def _notice(event: Record, ascii_only: bool) -> Text:
     return Text.assemble(
         (f"{mark} ", style), (f"step {event['step']}  {event['event']}  ", style), event_text(event)
     )
+
+
+def _alarm(event: Record) -> list[Text]:
+    since = f"since step {event['since']}" if "since" in event else f"step {event['step']}"
+    kind = str(event["kind"]).replace("_", " ")
+    text = Text.assemble(("! ", "bold yellow"), (f"{kind}  {since}  ", "bold yellow"), str(event["message"]))
+    remedy = event.get("remedy")
+    return [text, Text(f"  {remedy}", style="dim")] if remedy else [text]
 
 
 def _heat(loads: dict[int, list[float]], width: int, rows: int, ascii_only: bool) -> list[Text]:

@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
@@ -28,9 +27,8 @@ Array = NDArray[np.float64]
 
 MAX_POINTS = 2000
 _SMOOTH_FROM = 60
-_HEAT_COLUMNS = 240
-_HEAT_PIXELS = 1_500_000
-_HEAT_LEVELS = 33
+LEVELS = 33
+"""Few distinct colours make small pictures."""
 
 # Colours that nothing else uses, each replaced by its CSS variable in the finished picture.
 _VARIABLES = {
@@ -42,23 +40,23 @@ _VARIABLES = {
     "#060606": "--bad",
     "#070707": "--good",
 }
-_COLOR = {name[2:]: color for color, name in _VARIABLES.items()}
+COLOR = {name[2:]: color for color, name in _VARIABLES.items()}
 _COLD, _HOT = (37, 99, 235), (234, 88, 12)
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "muster",
     "font.size": 10,
-    "text.color": _COLOR["ink"],
-    "axes.labelcolor": _COLOR["muted"],
-    "axes.edgecolor": _COLOR["grid"],
-    "xtick.color": _COLOR["grid"],
-    "ytick.color": _COLOR["grid"],
-    "xtick.labelcolor": _COLOR["muted"],
-    "ytick.labelcolor": _COLOR["muted"],
+    "text.color": COLOR["ink"],
+    "axes.labelcolor": COLOR["muted"],
+    "axes.edgecolor": COLOR["grid"],
+    "xtick.color": COLOR["grid"],
+    "ytick.color": COLOR["grid"],
+    "xtick.labelcolor": COLOR["muted"],
+    "ytick.labelcolor": COLOR["muted"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": _COLOR["grid"],
+    "grid.color": COLOR["grid"],
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "path.simplify_threshold": 0.25,
@@ -115,7 +113,7 @@ def line_plot(
     percent: bool = False,
 ) -> str:
     """Curves over steps as SVG. ``size`` in inches of 72 CSS pixels; ``unit`` labels the y axis."""
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
@@ -125,12 +123,12 @@ def line_plot(
         _room_for_flat(axes, lines)
         if any(line.label for line in lines):
             above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(lines)}
-            axes.legend(frameon=False, fontsize=9.5, borderaxespad=0.2, labelcolor=_COLOR["ink"], **above)
-        return _svg(figure, "plot")
+            axes.legend(frameon=False, fontsize=9.5, borderaxespad=0.2, labelcolor=COLOR["ink"], **above)
+        return svg(figure, "plot")
 
 
 def _draw(axes: Axes, line: Line) -> None:
-    color = _COLOR[line.color]
+    color = COLOR[line.color]
     steps, mean, low, high = downsample(line.steps, line.values)
     lost = (
         steps[~np.isfinite(line.values)]
@@ -140,7 +138,7 @@ def _draw(axes: Axes, line: Line) -> None:
     if len(lost):
         lost = lost[:: max(1, len(lost) // 100)]
         axes.plot(
-            lost, np.zeros(len(lost)), "x", color=_COLOR["bad"], transform=axes.get_xaxis_transform(),
+            lost, np.zeros(len(lost)), "x", color=COLOR["bad"], transform=axes.get_xaxis_transform(),
             clip_on=False, markersize=5, zorder=5,
         )  # fmt: skip
     if line.dots or np.isfinite(mean).sum() == 1:
@@ -169,18 +167,18 @@ def _smooth(values: Array) -> Array:
 
 def _draw_marks(axes: Axes, marks: Marks) -> None:
     for value, label in marks.levels:
-        axes.axhline(value, color=_COLOR["muted"], linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        axes.axhline(value, color=COLOR["muted"], linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
             f"{label} {value:.2f}", (0.995, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", ha="right", fontsize=8.5, color=_COLOR["muted"],
+            textcoords="offset points", ha="right", fontsize=8.5, color=COLOR["muted"],
         )  # fmt: skip
     for index, (step, kind) in enumerate(marks.failures):
-        axes.axvline(step, color=_COLOR["bad"], linewidth=1.0, alpha=0.7, zorder=1)
+        axes.axvline(step, color=COLOR["bad"], linewidth=1.0, alpha=0.7, zorder=1)
         # Many failures would write over each other.
         if index < 6:
             axes.annotate(
                 kind, (step, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0),
-                textcoords="offset points", fontsize=8, color=_COLOR["bad"], rotation=90, va="bottom",
+                textcoords="offset points", fontsize=8, color=COLOR["bad"], rotation=90, va="bottom",
             )  # fmt: skip
 
 
@@ -209,70 +207,14 @@ def _room_for_flat(axes: Axes, lines: Sequence[Line]) -> None:
         axes.set_xlim(steps[0] - 1.5, steps[0] + 1.5)
 
 
-def heat_maps(
-    layers: Sequence[tuple[int, Array, Array]], *, failures: Sequence[tuple[float, str]] = ()
-) -> str:
-    """Expert load over time as small multiples, one map a MoE layer: steps along x, experts along y.
-
-    Args:
-        layers: (layer, steps [n], load / mean load [n, num_experts]).
-        failures: (step, kind), drawn as lines.
-    """
-    columns = min(len(layers), 2 if len(layers) <= 4 else 3 if len(layers) <= 12 else 4)
-    rows = -(-len(layers) // columns)
-    num_experts = max(ratio.shape[1] for _, _, ratio in layers)
-    bins = int(np.clip(_HEAT_PIXELS // (num_experts * len(layers)), 24, _HEAT_COLUMNS))
-    height = min(2.2, max(1.3, 0.35 + 0.11 * num_experts)) if rows <= 2 else 1.35
-    with matplotlib.rc_context({**_RC, "axes.grid": False, "image.composite_image": False}):
-        figure = Figure(figsize=(13.0, 0.75 + height * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        image = None
-        for index, axes in enumerate(grid.flat):
-            if index >= len(layers):
-                axes.set_axis_off()
-                continue
-            layer, steps, ratio = layers[index]
-            image = _heat_map(axes, steps, ratio, bins)
-            axes.set_title(f"layer {layer}", fontsize=9.5, loc="left", color=_COLOR["ink"])
-            axes.set_xlabel("step" if index + columns >= len(layers) else "")
-            axes.set_ylabel("expert" if index % columns == 0 else "")
-            for step, _ in failures:
-                axes.axvline(step, color=_COLOR["bad"], linewidth=0.9, alpha=0.8)
-        assert image is not None, "heat_maps of no layer"
-        bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 1.6 / rows), aspect=14, pad=0.012)
-        bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ ¼", "½", "1 even", "2", "≥ 4"])
-        bar.set_label("load / mean")
-        bar.outline.set_visible(False)
-        return _svg(figure, "heat")
-
-
-def _heat_map(axes: Axes, steps: Array, ratio: Array, bins: int) -> AxesImage:
-    """One layer; columns are means over equal runs of logged steps, a missing one stays empty."""
-    groups = np.array_split(np.arange(len(steps)), min(bins, len(steps)))
-    finite = np.where(np.isfinite(ratio), ratio, 0.0)
-    means = np.stack([finite[group].mean(axis=0) for group in groups], axis=1)
-    # Few distinct levels make small pictures.
-    level = np.clip(np.log2(np.maximum(means, 2.0**-2)), -2.0, 2.0)
-    level = np.round((level + 2.0) / 4.0 * (_HEAT_LEVELS - 1)) / (_HEAT_LEVELS - 1) * 4.0 - 2.0
-    left = steps[0] - (1 if len(steps) == 1 else 0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    axes.tick_params(length=3)
-    return axes.imshow(
-        level, aspect="auto", origin="lower", interpolation="none", cmap=_diverging(), vmin=-2, vmax=2,
-        extent=(float(left), float(steps[-1]), -0.5, ratio.shape[1] - 0.5),
-    )  # fmt: skip
-
-
-def _diverging() -> ListedColormap:
+def diverging() -> ListedColormap:
     """Blue below, orange above, transparent where load is even: neutral on a light and on a dark page."""
-    share = np.linspace(-1.0, 1.0, _HEAT_LEVELS)
+    share = np.linspace(-1.0, 1.0, LEVELS)
     colors = np.array([(*(np.array(_HOT if s > 0 else _COLD) / 255.0), abs(s) ** 0.7) for s in share])
     return ListedColormap(colors)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def svg(figure: Figure, title: str) -> str:
     """The figure as an <svg> element with CSS variables for colours and no ids but those it refers to."""
     buffer = io.StringIO()
     figure.patch.set_alpha(0.0)

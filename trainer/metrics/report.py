@@ -10,29 +10,36 @@ from pathlib import Path
 import numpy as np
 
 from trainer.metrics.goodput import CAUSES
+from trainer.metrics.health_report import MAX_LAYERS, health_sections, sampled
 from trainer.metrics.history import History
-from trainer.metrics.plots import Line, Marks, heat_maps, line_plot
+from trainer.metrics.html import section, wide
+from trainer.metrics.map_plots import heat_maps
+from trainer.metrics.plots import Line, Marks, line_plot
 from trainer.metrics.schema import Record, as_float, find
 from trainer.metrics.summary import best_text, failures_text
 from trainer.metrics.text import count_text, event_text, percent_text, seconds_text
 
 _WIDE, _HALF = (13.0, 4.2), (6.3, 2.4)
 _MAX_EVENTS = 200
-_MAX_LAYERS = 64
 
 # (metric, title) of the half-width plots, in the order of the page.
 _MOE_PLOTS = (
     ("moe/max_over_mean", "Busiest expert / mean load"),
+    ("moe/rank_max_over_mean", "Busiest ep rank / mean load"),
     ("moe/router_entropy", "Router entropy"),
+    ("moe/router_confidence", "Router confidence"),
     ("moe/drop_rate", "Dropped pairs"),
+    ("moe/unserved_rate", "Tokens without an expert"),
     ("moe/dead_experts", "Experts without a token"),
     ("loss/balance", "Balance loss"),
     ("loss/router_z", "Router z-loss"),
     ("moe/a2a_bytes", "All-to-all traffic"),
+    ("moe/wait_seconds", "Waiting for other ranks"),
 )
 # Said instead of drawn while these are zero throughout.
 _NEVER = {
     "moe/drop_rate": "No routed pair was ever dropped.",
+    "moe/unserved_rate": "Every token was answered by an expert.",
     "moe/dead_experts": "No expert was ever without a token.",
 }
 _SPEED_PLOTS = (
@@ -60,6 +67,7 @@ def render(history: History) -> str:
     """The page as one HTML text; all that comes from the run is escaped."""
     parts = [_header(history), _tiles(history), _loss(history)]
     parts += [_experts(history)] if history.layers() else []
+    parts += health_sections(history)
     failures = _failures(history)
     parts.append(_plots(history, "Speed", _SPEED_PLOTS, failures))
     parts.append(_plots(history, "Optimizer", _OPTIM_PLOTS, failures))
@@ -133,7 +141,7 @@ def _loss(history: History) -> str:
     if len(valid[0]):
         lines.append(Line(*valid, label="valid", color="c2", dots=True))
     if not lines:
-        return _section("Loss", '<p class="note">No step was logged yet.</p>')
+        return section("Loss", '<p class="note">No step was logged yet.</p>')
     levels = [(losses[name], name) for name in ("untrained", "unigram") if name in losses]
     svg = line_plot(lines, unit="nats a token", size=_WIDE, marks=Marks(_failures(history), levels))
     note = "Cross-entropy. Dashed: the untrained model and a unigram model of the same data."
@@ -142,7 +150,7 @@ def _loss(history: History) -> str:
     bad = int((~np.isfinite(train[1])).sum())
     if bad:
         note += f" Red crosses: {bad} step{'s' if bad > 1 else ''} with a loss that is not finite."
-    return _section("Loss", f'<figure class="wide">{svg}</figure>', note)
+    return section("Loss", wide(svg), note)
 
 
 def _experts(history: History) -> str:
@@ -151,14 +159,10 @@ def _experts(history: History) -> str:
     if not layers:
         return ""
     note = "Share of the routed pairs that each expert was chosen for, as a multiple of an even share."
-    if len(layers) > _MAX_LAYERS:
-        # Every n-th layer shows depth as well as all would, in a page that still opens.
-        kept = np.unique(np.linspace(0, len(layers) - 1, _MAX_LAYERS).round().astype(int))
-        note += f" {_MAX_LAYERS} of {len(layers)} layers."
-        layers = [layers[index] for index in kept]
+    layers, more = sampled(layers, MAX_LAYERS)
     failures = _failures(history)
-    heat = f'<figure class="wide">{heat_maps(layers, failures=failures)}</figure>'
-    return _section("Expert load", heat, note) + "\n" + _plots(history, "Routing", _MOE_PLOTS, failures)
+    heat = wide(heat_maps(layers, failures=failures))
+    return section("Expert load", heat, note + more) + "\n" + _plots(history, "Routing", _MOE_PLOTS, failures)
 
 
 def _plots(
@@ -185,7 +189,7 @@ def _plots(
             percent=percent,
         )
         figures.append(f"<figure><h3>{caption}</h3>{svg}</figure>")
-    return _section(title, f'<div class="grid">{"".join(figures)}</div>', " ".join(never)) if figures else ""
+    return section(title, f'<div class="grid">{"".join(figures)}</div>', " ".join(never)) if figures else ""
 
 
 def _goodput(history: History) -> str:
@@ -208,7 +212,7 @@ def _goodput(history: History) -> str:
         )
     note = f"Where {seconds_text(account.wall)} went: useful are the steps of the final model, counted once."
     table = f'<table class="account">{"".join(rows)}</table>'
-    return _section(f"Goodput {percent_text(account.goodput)}", f'<div class="bar">{bar}</div>{table}', note)
+    return section(f"Goodput {percent_text(account.goodput)}", f'<div class="bar">{bar}</div>{table}', note)
 
 
 def _sample(history: History) -> str:
@@ -216,9 +220,7 @@ def _sample(history: History) -> str:
     if not sample:
         return ""
     text = f"<b>{escape(str(sample.get('prompt', '')))}</b>{escape(str(sample.get('text', '')))}"
-    return _section(
-        "Sample", f"<pre>{text}</pre>", "Written by the trained model after the prompt in colour."
-    )
+    return section("Sample", f"<pre>{text}</pre>", "Written by the trained model after the prompt in colour.")
 
 
 def _events(history: History) -> str:
@@ -242,11 +244,11 @@ def _events(history: History) -> str:
     ]
     head = '<tr><th class="n">time</th><th class="n">step</th><th>event</th><th></th></tr>'
     note = f"{len(events)} events" + (f", {len(shown)} shown" if len(shown) < len(events) else "")
-    return _section("Events", f'<div class="wide"><table>{head}{"".join(rows)}</table></div>', note)
+    return section("Events", f'<div class="wide"><table>{head}{"".join(rows)}</table></div>', note)
 
 
 def _row_class(event: Record) -> str:
-    name = event["event"]
+    name = "plain" if event.get("state") == "cleared" else event["event"]
     return "restart-row" if name == "restart" else name if name in ("failure", "alarm", "finish") else "plain"
 
 
@@ -256,11 +258,6 @@ def _config(history: History) -> str:
         return ""
     text = escape(path.read_text(encoding="utf-8", errors="replace"))
     return f"<section><details><summary>config.yaml</summary><pre>{text}</pre></details></section>"
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    note = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{body}</section>"
 
 
 def _failures(history: History) -> list[tuple[float, str]]:

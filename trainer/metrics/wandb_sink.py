@@ -79,7 +79,9 @@ class WandbSink:
         name = event["event"]
         if name in ("failure", "alarm"):
             text = f"step {event['step']}: {event_text(event)}"
-            self._guard(lambda: self._run.alert(title=name, text=text, level="WARN"))
+            title = f"{name}: {event['kind']}" if "state" in event else name
+            level = "INFO" if event.get("state") == "cleared" else "WARN"
+            self._guard(lambda: self._run.alert(title=title, text=text, level=level))
         elif name == "finish":
             summary = {
                 key: value for key, value in event.items() if key not in ("event", "time", "step", "sample")
