@@ -7,27 +7,9 @@ import math
 
 import pytest
 import torch
+from health_helpers import totals
 
 from trainer.health.window import Window
-from trainer.step import Totals
-
-
-def totals(counts: list[list[int]], entropy: list[float] | None = None, targets: int = 8) -> Totals:
-    counts_LE = torch.tensor(counts)
-    num_layers = len(counts)
-    zero = torch.zeros(num_layers, dtype=torch.float64)
-    return Totals(
-        num_targets=targets,
-        cross_entropy=torch.zeros((), dtype=torch.float64),
-        balance_L=zero,
-        router_z_L=zero,
-        entropy_L=targets * torch.tensor(entropy or [1.0] * num_layers, dtype=torch.float64),
-        confidence_L=0.5 * targets + zero,
-        dropped_L=counts_LE[:, 0] // 2,
-        unserved_L=torch.full((num_layers,), 2),
-        sent_L=zero.long(),
-        counts_LE=counts_LE,
-    )
 
 
 def test_it_is_the_weighted_mean_of_all_steps() -> None:
