@@ -67,3 +67,13 @@ def fill(ballast: Path, leave: int) -> None:
     size = shutil.disk_usage(ballast.parent).free - leave
     with ballast.open("ab") as file:
         file.write(b"x" * size)
+
+
+class Collapse(Callback):
+    """From the start the last layer's routers send every token to experts 0 and 1 (with a bias on the choice)."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        biases = [piece for piece in trainer.engine.named_state() if piece.name.endswith(".bias_E")]
+        assert len(biases) == trainer.config.model.num_layers
+        biases[-1].tensor.zero_()
+        biases[-1].tensor[:2] = 100.0
