@@ -17,8 +17,9 @@ from parallel.dispatch.permute import count
 from trainer.data.batch import Batch
 from trainer.moe.balance import MoeStats
 
+MAX_EXPERTS = 64
+"""Up to so many experts all pairs of a layer are written, beyond them the ``MAX_PAIRS`` most frequent."""
 MAX_PAIRS = 512
-"""Of a layer's pairs of experts, how many of the most frequent are written: all of them up to 32 experts."""
 _MAX_ELEMENTS = 2**25
 
 
@@ -95,8 +96,11 @@ class RoutingMaps:
             "counts": self._counts_LE.tolist(),
         }
         if self._pairs_LEE is not None:
-            found["max_pairs"] = MAX_PAIRS
-            found["pairs"] = [_strongest(pairs_EE) for pairs_EE in self._pairs_LEE.cpu()]
+            if self.num_experts <= MAX_EXPERTS:
+                row, column = torch.triu_indices(self.num_experts, self.num_experts, offset=1)
+                found["pair_counts"] = self._pairs_LEE.cpu()[:, row, column].tolist()
+            else:
+                found["pairs"] = [_strongest(pairs_EE) for pairs_EE in self._pairs_LEE.cpu()]
         if self._domains_LGE is not None:
             found["domains"] = self.domains
             found["domain_counts"] = self._domains_LGE.tolist()

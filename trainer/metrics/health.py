@@ -72,36 +72,47 @@ def episodes(events: Sequence[Record]) -> list[Episode]:
     return found
 
 
-def newest_maps(health: Sequence[Record], need: str) -> Record:
-    """The newest counts that hold ``need``, held-out ones before those of training; {} if there are none."""
-    maps = [record for record in health if record.get("kind") == "maps" and need in record]
+def newest_maps(health: Sequence[Record], *need: str) -> Record:
+    """The newest counts that hold one of ``need``, held-out ones before those of training; {} without any."""
+    maps = [r for r in health if r.get("kind") == "maps" and any(name in r for name in need)]
     held_out = [record for record in maps if record.get("split") == "valid"]
     return (held_out or maps or [{}])[-1]
 
 
 def pair_ratios(record: Record) -> list[tuple[int, Array]]:
-    """(layer, [E, E]) of each layer: tokens that two experts share / what chance would give them.
+    """(layer, [E, E]) of each layer: tokens that chose both of two experts / what chance would give them.
 
-    Chance keeps every expert's own load. NaN: on the diagonal, for experts without a token, and for pairs that
-    are not among those written.
+    Chance keeps every expert's own load. NaN on the diagonal, for experts without a token, and for pairs that are
+    not among the most frequent ones where only these were written.
     """
-    found = []
     num_experts, top_k = int(record["num_experts"]), int(record["top_k"])
-    for layer, counts, pairs in zip(record["layers"], record["counts"], record["pairs"], strict=True):
-        counts_E = np.array(counts, dtype=np.float64)
+    upper = np.triu_indices(num_experts, 1)
+    found = []
+    for place, layer in enumerate(record["layers"]):
+        counts_E = np.array(record["counts"][place], dtype=np.float64)
         together = np.full((num_experts, num_experts), np.nan)
-        complete = len(pairs) < int(record["max_pairs"])
-        if complete:
-            together[:] = 0.0
-        for one, other, number in pairs:
-            together[one, other] = together[other, one] = number
-        expected = np.outer(counts_E, counts_E)
-        np.fill_diagonal(expected, 0.0)
-        total = sum(number for _, _, number in pairs) if complete else counts_E.sum() * (top_k - 1) / 2
-        expected *= 2 * total / max(expected.sum(), 1.0)
-        np.fill_diagonal(together, np.nan)
-        found.append((int(layer), np.where(expected > 0, together / np.maximum(expected, 1e-12), np.nan)))
+        if "pair_counts" in record:
+            together[upper] = record["pair_counts"][place]
+            total = np.nansum(together)
+        else:
+            for one, other, number in record["pairs"][place]:
+                together[one, other] = number
+            total = counts_E.sum() * (top_k - 1) / 2
+        expected = np.triu(np.outer(counts_E, counts_E), 1)
+        expected *= total / max(expected.sum(), 1.0)
+        ratio = np.where(expected > 0, together / np.maximum(expected, 1e-12), np.nan)
+        lower = (upper[1], upper[0])
+        ratio[lower] = ratio[upper]
+        found.append((int(layer), ratio))
     return found
+
+
+def closest_pairs(ratio: Array, most: int) -> list[tuple[int, int, float]]:
+    """(i, j, ratio) of the pairs that are together most often beyond chance."""
+    known = np.where(np.isfinite(ratio), ratio, 0.0)
+    row, column = np.triu_indices(len(ratio), 1)
+    order = np.argsort(-known[row, column], kind="stable")[:most]
+    return [(int(row[at]), int(column[at]), float(known[row[at], column[at]])) for at in order]
 
 
 def domain_ratios(record: Record) -> tuple[list[str], list[tuple[int, Array, float]]]:

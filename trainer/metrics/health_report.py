@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 MAX_LAYERS = 64
 _MAX_MATRICES = 12
+_MAX_PAIRS = 8
 
 
 def sampled(layers: Sequence[T], most: int) -> tuple[list[T], str]:
@@ -62,22 +63,35 @@ def _ranks(history: History) -> str:
     layers, steps, share_NLR = health.by_layer(history.health, "rank_share")
     if not len(steps):
         return ""
-    ep = share_NLR.shape[2]
-    shown, more = sampled(
-        [(layer, steps, share_NLR[:, at] * ep) for at, layer in enumerate(layers)], MAX_LAYERS
-    )
+    ratio_NLR = share_NLR * share_NLR.shape[2]
     note = (
         "Routed pairs sent to the experts of each ep rank, as a multiple of an even share (mean over the window). "
         "The others wait for the busiest one."
     )
-    return section("Balance of the ranks", wide(heat_maps(shown, ylabel="ep rank")), note + more)
+    shown = list(range(len(layers)))
+    if len(layers) > _MAX_MATRICES:
+        shown = sorted(np.argsort(-ratio_NLR.max(axis=(0, 2)), kind="stable")[:_MAX_MATRICES].tolist())
+        note += f" The {_MAX_MATRICES} least even of {len(layers)} layers."
+    maps = heat_maps([(layers[at], steps, ratio_NLR[:, at]) for at in shown], ylabel="ep rank")
+    return section("Balance of the ranks", wide(maps), note)
 
 
 def _pairs(history: History) -> str:
-    record = health.newest_maps(history.health, "pairs")
+    record = health.newest_maps(history.health, "pairs", "pair_counts")
     if not record:
         return ""
     shown, more = sampled(health.pair_ratios(record), _MAX_MATRICES)
+    note = (
+        f"Which experts a token chose together ({_where(record)}), as a multiple of what chance would give experts "
+        "that are as busy."
+    )
+    if "pairs" in record:  # a picture of so many experts would show dust
+        rows = [
+            f'<tr><td class="n">{layer}</td><td class="said">{_closest(ratio)}</td></tr>'
+            for layer, ratio in shown
+        ]
+        head = '<tr><th class="n">layer</th><th>of its most frequent pairs, those furthest above chance</th></tr>'
+        return section("Experts chosen together", f"<table>{head}{''.join(rows)}</table>", note + more)
     picture = matrix_maps(
         [Matrix(f"layer {layer}", ratio) for layer, ratio in shown],
         xlabel="expert",
@@ -85,13 +99,12 @@ def _pairs(history: History) -> str:
         even="1 chance",
         label="together / by chance",
     )
-    note = (
-        f"Which experts a token chose together ({_where(record)}), as a multiple of what chance would give experts "
-        "that are as busy."
-    )
-    if record["num_experts"] * (record["num_experts"] - 1) // 2 > record["max_pairs"]:
-        note += f" The {record['max_pairs']} most frequent pairs of a layer; the others are blank."
     return section("Experts chosen together", wide(picture), note + more)
+
+
+def _closest(ratio: health.Array) -> str:
+    pairs = health.closest_pairs(ratio, _MAX_PAIRS)
+    return " · ".join(f"{one} + {other} <b>{times:.1f}×</b>" for one, other, times in pairs if times > 0)
 
 
 def _domains(history: History) -> str:

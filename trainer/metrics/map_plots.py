@@ -1,6 +1,6 @@
 """The report's heat maps: loads over time, and one matrix a layer. Every colour is a ratio to what is even.
 
-Blue is less, orange more, nothing is even; four times and a quarter are the ends of the scale.
+Blue is less, orange more, the page's own colour even; four times and a quarter are the ends of the scale.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from trainer.metrics.text import count_text
 _COLUMNS = 240
 _PIXELS = 1_500_000
 _WIDTH = 13.0
+_NOTHING = (0.5, 0.5, 0.5, 0.28)
+"""Where there is nothing to say: grey on a light and on a dark page."""
 _MAP_RC: dict[Any, Any] = {**RC, "axes.grid": False, "image.composite_image": False}
 
 
@@ -86,12 +88,14 @@ def matrix_maps(
         label: of the scale.
     """
     square = not row_names
-    columns = min(len(maps), 4 if square else 3 if len(maps) > 2 else 2)
+    columns = min(len(maps), 4) if square else _num_columns(len(maps))
     rows = -(-len(maps) // columns)
-    height = 2.75 if square else min(3.6, 0.75 + 0.21 * len(row_names))
-    width = min(_WIDTH, 1.2 + 3.0 * columns) if square else _WIDTH
+    height = 2.8 if square else min(3.6, 0.75 + 0.21 * len(row_names))
+    # A page scales a picture to its width: one or two squares stay as large as four, with room beside them.
     with matplotlib.rc_context(_MAP_RC):
-        figure = Figure(figsize=(width, 0.4 + height * rows), layout="constrained")
+        figure = Figure(
+            figsize=(_WIDTH, 0.5 + height * rows), layout="compressed" if square else "constrained"
+        )
         grid = figure.subplots(rows, columns, squeeze=False)
         image = None
         for index, axes in enumerate(grid.flat):
@@ -137,8 +141,9 @@ def _matrix(axes: Axes, ratio: Array, aspect: Any) -> AxesImage:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.tick_params(length=3)
     known = np.ma.masked_invalid(_level(ratio))
+    colors = diverging().with_extremes(bad=_NOTHING)
     return axes.imshow(
-        known, aspect=aspect, origin="upper", interpolation="none", cmap=diverging(), vmin=-2, vmax=2
+        known, aspect=aspect, origin="upper", interpolation="none", cmap=colors, vmin=-2, vmax=2
     )
 
 

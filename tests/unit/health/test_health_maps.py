@@ -13,7 +13,7 @@ import torch
 from trainer.data.batch import Batch
 from trainer.health import maps
 from trainer.health.maps import RoutingMaps
-from trainer.metrics.health import domain_ratios, mutual_information, pair_ratios
+from trainer.metrics.health import closest_pairs, domain_ratios, mutual_information, pair_ratios
 from trainer.moe.balance import MoeStats
 
 
@@ -56,13 +56,13 @@ def test_counts_of_pairs_and_domains_are_those_by_hand() -> None:
     assert record["layers"] == [1, 4] and record["domains"] == ["other", "a", "b"]
     assert record["domain_counts"] == domains.tolist()
     assert record["counts"] == domains.sum(1).tolist()
-    for written, expected in zip(record["pairs"], pairs, strict=True):
-        assert {(i, j): n for i, j, n in written} == dict(expected)
-        assert [n for _, _, n in written] == sorted((n for _, _, n in written), reverse=True)
+    for written, expected in zip(record["pair_counts"], pairs, strict=True):
+        assert written == [expected[pair] for pair in combinations(range(num_experts), 2)]
 
 
 def test_only_the_most_frequent_pairs_of_many_experts_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "MAX_PAIRS", 3)
+    monkeypatch.setattr(maps, "MAX_EXPERTS", 5)
     found = RoutingMaps()
     expert = torch.tensor([[[0, 1], [0, 1], [2, 3], [2, 3], [2, 3], [4, 5], [0, 5], [0, 5]]])
     found.add([stats(expert, 6)], batch([0], 8))
@@ -72,7 +72,7 @@ def test_only_the_most_frequent_pairs_of_many_experts_are_written(monkeypatch: p
 def test_one_choice_a_token_has_no_pairs() -> None:
     found = RoutingMaps()
     found.add([stats(torch.tensor([[[0], [1]]]), 2)], batch([0], 2))
-    assert "pairs" not in found.record([0]) and "domains" not in found.record([0])
+    assert found.record([0]).keys() == {"layers", "num_experts", "top_k", "counts"}
     dense = RoutingMaps()
     dense.add([], batch([0], 2))
     assert dense.record([]) == {}
@@ -80,24 +80,20 @@ def test_one_choice_a_token_has_no_pairs() -> None:
 
 def test_pairs_by_chance_have_the_ratio_one() -> None:
     counts = [10, 20, 30]  # pairs in proportion to the product of the loads
-    pairs = [[i, j, 2 * counts[i] * counts[j]] for i, j in combinations(range(3), 2)]
-    record = {
-        "layers": [0],
-        "num_experts": 3,
-        "top_k": 2,
-        "counts": [counts],
-        "pairs": [pairs],
-        "max_pairs": 9,
-    }
+    pairs = [2 * counts[i] * counts[j] for i, j in combinations(range(3), 2)]
+    record = {"layers": [0], "num_experts": 3, "top_k": 2, "counts": [counts], "pair_counts": [pairs]}
     [(_, ratio)] = pair_ratios(record)
     assert np.isnan(np.diag(ratio)).all()
     np.testing.assert_allclose(ratio[~np.eye(3, dtype=bool)], 1.0)
-    never = {**record, "pairs": [[[0, 1, 400]]]}
-    [(_, ratio)] = pair_ratios(never)
-    assert ratio[0, 2] == 0.0 and ratio[0, 1] == pytest.approx(22 / 4)
-    cut = {**never, "max_pairs": 1}
-    [(_, ratio)] = pair_ratios(cut)
-    assert math.isnan(ratio[0, 2]), "a pair that was not written may have any number"
+    [(_, ratio)] = pair_ratios({**record, "pair_counts": [[400, 0, 0]]})
+    assert ratio[0, 2] == 0.0 and ratio[1, 0] == pytest.approx(11 / 2)
+    assert closest_pairs(ratio, 1) == [(0, 1, pytest.approx(11 / 2))]
+
+
+def test_a_pair_that_was_not_written_may_have_any_number() -> None:
+    record = {"layers": [0], "num_experts": 3, "top_k": 2, "counts": [[10, 20, 30]], "pairs": [[[0, 1, 20]]]}
+    [(_, ratio)] = pair_ratios(record)
+    assert math.isnan(ratio[0, 2]) and ratio[0, 1] == pytest.approx(20 / (30 * 2 / 11))
 
 
 def test_bits_tell_whether_experts_care_for_domains() -> None:
