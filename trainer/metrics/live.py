@@ -208,6 +208,8 @@ def _flow(fields: Iterable[Text], width: int, gap: str = "   ") -> list[Text]:
 
 def _notice(event: Record, ascii_only: bool) -> Text:
     mark, style = _MARKS.get(event["event"], ("·", ""))
+    if event.get("state") == "cleared":
+        mark, style = "✓", "green"
     if ascii_only:
         mark = _ASCII_MARKS.get(mark, mark)
     return Text.assemble(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainer.metrics.health import episodes
 from trainer.metrics.history import History
 from trainer.metrics.schema import as_float
 from trainer.metrics.text import count_text, percent_text, seconds_text
@@ -58,6 +59,7 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
         ("valid loss", valid_text(losses)),
         ("best", best_text(history, losses)),
         ("failures", failures_text(history)),
+        ("routing", alarms_text(history)),
         ("goodput", percent_text(as_float(finish.get("goodput", account.goodput)))),
     ]
     return [(label, value) for label, value in rows if value is not None]
@@ -105,6 +107,20 @@ def failures_text(history: History) -> str:
     seconds = seconds_text(sum(as_float(event["restart_seconds"]) for event in restarts))
     redone = f"{lost} step{'' if lost == 1 else 's'} redone"
     return f"{failures}, {min(failures, len(restarts))} survived: {redone}, {seconds} of restarts"
+
+
+def alarms_text(history: History) -> str | None:
+    """What alarms the routing raised and which of them are not over; None in a run without experts."""
+    found = episodes(history.events)
+    if not found:
+        return "no alarm" if any(record.get("kind") == "window" for record in history.health) else None
+    still = [
+        f"{episode.kind.replace('_', ' ')} since step {episode.since}"
+        for episode in found
+        if episode.until is None
+    ]
+    number = f"{len(found)} alarm{'' if len(found) == 1 else 's'}"
+    return f"{number}, all over" if not still else f"{number}; not over: {', '.join(still)}"
 
 
 def _of(step: object, steps: object) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer.metrics.jsonl import events_writer, metrics_writer
-from trainer.metrics.schema import Record
+from trainer.metrics.jsonl import JsonlWriter, events_writer, metrics_writer
+from trainer.metrics.schema import HEALTH_FILE, Record
 
 T0 = 1_700_000_000.0
 
@@ -76,6 +76,51 @@ def moe(layers: int = 2, experts: int = 4) -> Record:
         "moe/dead_experts": layers,
         "moe/drop_rate": 0.0,
     }
+
+
+def alarm(time: float, step: int, kind: str, state: str, layers: list[int], still: list[int]) -> Record:
+    """The routing got into trouble in these layers, or out of it; ``still`` are in it now."""
+    remedy = "raise layout.balance.coefficient (now 0)" if state == "raised" else ""
+    return event(
+        "alarm", time, step, kind=kind, state=state, layers=still, since=step - 2, remedy=remedy,
+        message=f"trouble in {layers} <i>", evidence=[{"layer": layer, "experts": [0]} for layer in layers],
+    )  # fmt: skip
+
+
+def maps(step: int, layers: int = 2, experts: int = 4) -> Record:
+    """Counts of pairs and domains of held-out rows, for health.jsonl: expert 0 keeps to itself."""
+    numbers = list(range(1, layers + 1))
+    found = {
+        "step": step, "time": T0 + step, "kind": "maps", "split": "valid", "layers": numbers,
+        "num_experts": experts, "top_k": 2, "counts": [[20] * experts] * layers,
+        "domains": ["other", "web", "code"],
+        "domain_counts": [[[0] * experts, [step] + [10] * (experts - 1), [10] * experts]] * layers,
+    }  # fmt: skip
+    if experts <= 64:
+        pairs = [[0] * (experts - 1) + [10] * ((experts - 1) * (experts - 2) // 2)] * layers
+        return found | {"pair_counts": pairs}
+    return found | {"pairs": [[[1, 2, 10], [3, 4, 5]]] * layers}
+
+
+def window(step: int, layers: int = 2, ranks: int = 2) -> Record:
+    """A look at the window, for health.jsonl: rank 0 has three quarters."""
+    share = [0.75, *[0.25 / (ranks - 1)] * (ranks - 1)]
+    numbers = list(range(1, layers + 1))
+    return {
+        "step": step,
+        "time": T0 + step,
+        "kind": "window",
+        "layers": numbers,
+        "rank_share": [share] * layers,
+    }
+
+
+def write_health(run_dir: Path, records: list[Record]) -> Path:
+    """The health.jsonl of a run directory."""
+    with JsonlWriter(run_dir / HEALTH_FILE) as writer:
+        for item in records:
+            writer.write(item)
+    return run_dir
 
 
 def write(run_dir: Path, events: list[Record], records: list[Record]) -> Path:
