@@ -131,7 +131,8 @@ class AllToAllDispatcher:
             rows_SD = None if self.budget is None else torch.tensor([splits] * self.ep)
             return _Sizes(splits, splits, counts, rows_SD)
         if self.budget is None:
-            received = exchange_counts(counts, self.group, self._notice("counts"), self.timer)  # [source, local expert]
+            # [source, local expert]
+            received = exchange_counts(counts, self.group, self._notice("counts"), self.timer)
             send, recv = torch.stack([counts.sum(1), received.sum(1)]).tolist()
             return _Sizes(send, recv, received)
         # All ranks must come to the same number of rounds, so each is told all counts, not only its own.
