@@ -261,6 +261,8 @@ def _drops(config: RunConfig, reading: Reading) -> _Rule:
 
 def _balance_remedy(config: RunConfig) -> str:
     balance = config.layout.balance
+    if config.layout.router is RouterName.hash:  # nothing learns, so nothing balances
+        return "let a router that learns decide (layout.router=top_k)"
     if balance.bias_update_rate:
         return f"raise layout.balance.bias_update_rate (now {balance.bias_update_rate:g})"
     return f"raise layout.balance.coefficient (now {balance.coefficient:g})"

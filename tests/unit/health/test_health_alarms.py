@@ -130,6 +130,10 @@ def test_zero_switches_every_alarm_off() -> None:
 
 def test_remedies_name_fields_that_there_are() -> None:
     known = schema_types()
+    config = moe_config()
+    config.layout.router = RouterName.hash
+    found = Alarms(config, [0, 1]).check(60, filled(config, [ONE, EVEN]).read())
+    assert found[0].remedy.startswith("let a router that learns decide (layout.router=top_k)")
     for rate in (0.0, 0.001):
         config = moe_config()
         config.parallel.ep, config.layout.balance.bias_update_rate = 2, rate
