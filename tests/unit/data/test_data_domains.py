@@ -107,3 +107,19 @@ def test_a_source_of_the_users_own_names_domains(configure: Configure) -> None:
     config.data.kwargs = {"second": 3}
     with pytest.raises(ConfigError, match="document 1 has the domain 3"):
         list(open_source(config.data).documents())
+
+
+def test_a_streamed_dataset_names_domains(configure: Configure, tmp_path: Path, texts: list[str]) -> None:
+    rows: list[dict[str, object]] = [
+        {"text": t, "meta": {"source": f"s{i % 2}"}} for i, t in enumerate(texts)
+    ]
+    (tmp_path / "hub").mkdir()
+    write_rows(tmp_path / "hub" / "train.parquet", "parquet", rows)
+    config = configure("hub", name=str(tmp_path / "hub"), domain_field="meta.source")
+    prepared = prepare_data(config)
+    assert prepared.hub is not None
+    assert [d.domain for d in prepared.hub.documents()][:4] == ["s0", "s1", "s0", "s1"]
+    assert sorted(prepared.domains.names) == ["other", "s0", "s1"]
+    config.data.domain_field = "meta.kind"
+    with pytest.raises(ConfigError, match=r"data\.domain_field=meta\.kind.*row 0 has 'source'"):
+        prepare_data(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,17 +71,26 @@ def test_the_summary_counts_alarms(tmp_path: Path) -> None:
     assert dict(summary_rows(History.load(calm)))["routing"] == "no alarm"
 
 
-def test_alerts_say_what_began_and_what_ended() -> None:
+def test_alerts_say_what_began_and_what_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, Any]] = []
+    failed: list[tuple[str, str]] = []
     sink = WandbSink(
-        Path(), mode="disabled", run_id="a", project="p", name="n", on_alarm=lambda kind, message: None
+        tmp_path,
+        mode="offline",
+        run_id="a",
+        project="p",
+        name="n",
+        on_alarm=lambda *told: failed.append(told),
     )
-    sink._run = SimpleNamespace(alert=lambda **fields: said.append(fields))
+    alert = sink._run.alert
+    monkeypatch.setattr(sink._run, "alert", lambda **fields: (said.append(fields), alert(**fields)))
     sink.event(RAISED)
     sink.event(OVER)
+    sink.close()
     assert [(alert["title"], alert["level"]) for alert in said] == [
         ("alarm: collapse", "WARN"), ("alarm: collapse", "INFO"),
     ]  # fmt: skip
+    assert failed == [], "W&B took them"
 
 
 @pytest.mark.parametrize(("layers", "experts", "ranks"), [(1, 4, 2), (2, 64, 4), (20, 128, 8)])
