@@ -258,7 +258,7 @@ def router_bias_from_own_counts_only(config: RunConfig, rank: int) -> AbstractCo
         assert self._total is not None
         own = self._total.clone()
         totals = original(self, num_targets)
-        counts = own[1:].view(self._num_layers, -1)[:, 5:].long()
+        counts = own[1:].view(self._num_layers, -1)[:, -totals.counts_LE.shape[1] :].long()
         return replace(totals, counts_LE=counts)
 
     return patch.object(Sums, "reduce", reduce)
