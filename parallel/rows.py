@@ -135,8 +135,10 @@ def _intersect(a: Box, b: Box) -> Box | None:
 
 def _region(part: StateSlice, row: int, box: Box) -> Tensor:
     """The values of a box of a row (a view)."""
-    window = tuple(slice(o - p, o - p + n) for o, p, n in zip(box[0], part.offsets[1:], box[1], strict=True))
-    return part.tensor[(row - part.offsets[0], *window)]
+    values = part.tensor.select(0, row - part.offsets[0])
+    for dim, (start, size) in enumerate(zip(*box, strict=True)):
+        values = values.narrow(dim, start - part.offsets[dim + 1], size)
+    return values
 
 
 def _exchange(
@@ -158,7 +160,7 @@ def _exchange(
             dtype = slices[transfer.target_slice].tensor.dtype
             incoming[transfer.source_rank, dtype].append(transfer)
     operations, buffers = [], {}
-    for (peer, dtype), parts in sorted(outgoing.items(), key=_peer_and_type):
+    for (peer, _), parts in sorted(outgoing.items(), key=_peer_and_type):
         operations.append(dist.P2POp(dist.isend, torch.cat(parts), peer))
     for (peer, dtype), expected in sorted(incoming.items(), key=_peer_and_type):
         size = sum(math.prod(transfer.box[1]) for transfer in expected)

@@ -443,6 +443,82 @@ class HealthConfig:
 
 
 @dataclass
+class RaiseBalanceConfig:
+    """Multiply a layer's balance coefficient while the layer stays uneven (docs/cure.md)."""
+
+    enabled: bool = False
+    """Whether a layer that stays uneven gets a larger balance coefficient."""
+    threshold: float = 2.0
+    """Uneven: the busiest expert's load / the mean is above this."""
+    even: float = 1.25
+    """Even again: it is below this; the coefficient then goes down again, by the same steps."""
+    patience: int = 50
+    """Steps that are looked at, and that pass before a layer's coefficient is changed again."""
+    factor: float = 2.0
+    """By which the coefficient is multiplied, and divided on the way back."""
+    limit: float = 16.0
+    """Never above this many times layout.balance.coefficient."""
+
+
+@dataclass
+class AdaptBalanceConfig:
+    """A balance coefficient a layer that follows what the layer drops (Skywork-MoE, arXiv:2406.06563, 4.2)."""
+
+    enabled: bool = False
+    """Whether each layer's balance coefficient follows its drop rate, instead of layout.balance.coefficient."""
+    sensitivity: float = 0.2
+    """Coefficient / drop rate; without a capacity the rate that a capacity of the mean load would drop."""
+    maximum: float = 0.01
+    """Of the coefficient."""
+    decay: float = 0.99
+    """Of the moving average that the coefficient is."""
+
+
+@dataclass
+class ReviveDeadConfig:
+    """Let dead experts take over half of busy ones, optimizer state included (docs/cure.md)."""
+
+    enabled: bool = False
+    """Whether dead experts are made from busy ones."""
+    threshold: float = 0.01
+    """Dead: a load / mean at or below this over the last `patience` steps, or no token at all in as many."""
+    patience: int = 100
+    """Steps before an expert counts as dead, and that a layer is left alone after it was operated on."""
+    max_at_once: int = 4
+    """Experts of the whole model that are revived after one step; the worst layers come first."""
+    noise: float = 0.01
+    """Relative standard deviation of the noise on the copy's weights."""
+    split: float = 0.1
+    """Relative standard deviation of what tells the two rows of the router apart."""
+
+
+@dataclass
+class ResetBiasConfig:
+    """Set the router's bias of auxiliary-loss-free balancing back to 0 where it has run away (docs/cure.md)."""
+
+    enabled: bool = False
+    """Whether a bias that has run away is set back to 0."""
+    threshold: float = 2.0
+    """Uneven: the busiest expert's load / the mean is above this over the last `patience` steps."""
+    spread: float = 1.0
+    """Run away: the largest bias - the smallest one is at least this; scores are between 0 and 1."""
+    patience: int = 100
+    """Steps that are looked at, and that a layer is left alone after a reset."""
+
+
+@dataclass
+class CureConfig:
+    """What is done about experts that are used too much or not at all (docs/cure.md)."""
+
+    every: int = 1
+    """Steps between looks at the loads; each is a copy of them to the host."""
+    raise_balance: RaiseBalanceConfig = field(default_factory=RaiseBalanceConfig)
+    adapt_balance: AdaptBalanceConfig = field(default_factory=AdaptBalanceConfig)
+    revive_dead: ReviveDeadConfig = field(default_factory=ReviveDeadConfig)
+    reset_bias: ResetBiasConfig = field(default_factory=ResetBiasConfig)
+
+
+@dataclass
 class WandbConfig:
     mode: WandbMode = WandbMode.offline
     project: str = "muster"
@@ -573,6 +649,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    cure: CureConfig = field(default_factory=CureConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     callbacks: list[CallbackConfig] = field(default_factory=list)

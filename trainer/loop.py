@@ -20,6 +20,7 @@ from trainer.checkpoint.digest import combine, weights_digest
 from trainer.checkpoint.durable import DurableCheckpointer
 from trainer.checkpoint.resume import Checkpoint
 from trainer.config import RunConfig
+from trainer.cure.cure import Cure
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader, merge_states
 from trainer.data.prepare import PreparedData
@@ -55,6 +56,7 @@ class Trainer:
         control: a gloo group over all ranks, for small facts (not tensors of the model).
         valid: this rank's held-out batches.
         hardware: what tokens per second are measured against.
+        cure: what is done about uneven and dead experts; None: nothing.
         result: of the newest step.
     """
 
@@ -73,6 +75,7 @@ class Trainer:
     health: Health
     hardware: Hardware
     control: dist.ProcessGroup
+    cure: Cure | None = None
     state: TrainState = field(default_factory=TrainState)
     result: StepResult | None = None
     _since_log: list[float] = field(default_factory=list)
@@ -123,6 +126,9 @@ class Trainer:
         self.health.leave()
         self.state.step += 1
         self.state.tokens += self.config.train.global_batch * self.config.train.seq_len
+        if self.cure is not None:  # here, where no parameter is gathered: what is written must be seen
+            for fields in self.cure.after_step(self.state.step, result.totals):
+                self.log.event("cure", self.state.step, **fields)
         self._since_log.append(time.perf_counter() - began)
         return result
 
@@ -160,6 +166,7 @@ class Trainer:
             "split": split_of(self.config, self.dims),
             "loader": merge_states(states),
             "health": self.health.state_dict(),
+            "cure": {} if self.cure is None else self.cure.state_dict(),
             "callbacks": [
                 {"target": entry.target, "state": callback.state_dict()}
                 for entry, callback in zip(self.config.callbacks, self.callbacks, strict=True)
@@ -200,6 +207,9 @@ class Trainer:
         self.loader.load_state_dict(saved.pop("loader"))
         self.health.load_state_dict(saved.pop("health", {}))
         unclaimed = self._load_callbacks(saved.pop("callbacks"))
+        watched = saved.pop("cure", {})
+        if self.cure is not None:
+            self.cure.load_state_dict(watched)
         self.state = TrainState(**saved)
         if checkpoint.world_size == self.dims.world_size:
             rank_tensors = checkpoint.rank_tensors(self.rank)
@@ -250,6 +260,7 @@ class Trainer:
         if logged and self.log.active:
             seconds = sum(self._since_log) / len(self._since_log)
             record = step_metrics(result, self.config, self.hardware, seconds)
+            record |= {} if self.cure is None else self.cure.metrics()
         if logged:
             record.update(self.health.metrics(result.totals))
         self.health.after_step(self.state.step, result.totals)

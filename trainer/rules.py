@@ -21,6 +21,7 @@ from trainer.config import (
     parallel_dims,
     require,
 )
+from trainer.cure.rules import check_cure
 from trainer.ds_config import check_deepspeed
 from trainer.launchers import check_launcher
 from trainer.layout_rules import check_layout
@@ -54,6 +55,7 @@ def validate(config: RunConfig) -> None:
             "parallel.ep=1 or a layout with experts (layout=mixtral)",
         )
     _check_budget(config)
+    check_cure(config)
     _check_engine(config)
     _check_data(config, dims)
     _check_optim(config)

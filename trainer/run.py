@@ -34,6 +34,7 @@ from trainer.checkpoint.durable import DurableCheckpointer, check_room, check_wr
 from trainer.checkpoint.files import storage_error, write_durably
 from trainer.checkpoint.resume import Checkpoint, newest_valid, open_checkpoint
 from trainer.config import Device, RunConfig, parallel_dims
+from trainer.cure.cure import build_cure
 from trainer.data.loader import build_loader, valid_batches
 from trainer.data.prepare import prepare_data
 from trainer.data.tokenizer import TextTokenizer
@@ -161,13 +162,14 @@ def _build_trainer(
     _prove_shared(directory, place, control)
     dp_rank = dims.dp_rank(place.rank)
     log = RunLog(run_dir, config, _plain(config), active=place.rank == 0, terminal=not place.agent)
+    stepper = Stepper(engine, config, device, stop.requested, check)
     trainer = Trainer(
         config=config,
         dims=dims,
         rank=place.rank,
         run_dir=run_dir,
         engine=engine,
-        stepper=Stepper(engine, config, device, stop.requested, check),
+        stepper=stepper,
         loader=build_loader(prepared, config, dp_rank, dims.dp),
         prepared=prepared,
         valid=list(valid_batches(prepared, config, dp_rank, dims.dp)) if config.eval.every else [],
@@ -185,6 +187,7 @@ def _build_trainer(
         health=Health(config, place.rank, place.world_size, run_dir, prepared, device, log, timer),
         hardware=hardware,
         control=control,
+        cure=build_cure(config, engine, stepper, control),
     )
     if place.rank == 0:
         check_room(directory, _checkpoint_bytes(engine))

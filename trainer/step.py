@@ -127,6 +127,7 @@ class Stepper:
     Attributes:
         on_gradients: called between the last backward of a step and clipping.
         observer: None where nobody watches.
+        balance_L: coefficient of the balance loss of each MoE layer; None: as configured.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Stepper:
         self.check = check
         self.on_gradients: Callable[[], None] = lambda: None
         self.observer: Observer | None = None
+        self.balance_L: Sequence[float | Tensor] | None = None
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
         """Forward, backward, clip and update on this rank's micro-batches of step ``step`` (0-based).
@@ -212,8 +214,10 @@ class Stepper:
         """Cross-entropy plus weighted auxiliary losses, as a sum over target tokens."""
         weights = self.config.layout.balance
         total = losses.cross_entropy
-        for stats in losses.moe:
-            if weights.coefficient:
+        for layer, stats in enumerate(losses.moe):
+            if self.balance_L is not None:
+                total = total + self.balance_L[layer] * stats.balance
+            elif weights.coefficient:
                 total = total + weights.coefficient * stats.balance
             if weights.router_z:
                 total = total + weights.router_z * stats.router_z

@@ -17,7 +17,13 @@ from trainer.moe.surgery import Revival, moe_parts, reset_bias, revive
 
 
 def operate(
-    rank: int, world: int, config: RunConfig, layer: int, pairs: list[tuple[int, int]], noise: float, split: float
+    rank: int,
+    world: int,
+    config: RunConfig,
+    layer: int,
+    pairs: list[tuple[int, int]],
+    noise: float,
+    split: float,
 ) -> list[Any]:
     """State that depends on names and indices only, experts of a layer revived; this rank's part of the whole.
 

@@ -17,7 +17,11 @@ NOISE, SPLIT = 0.03, 0.4
 LAYOUTS = {
     "mixtral": ([], 1, [(DEAD, BUSY), (0, 7)]),
     "deepseek": (["layout.num_experts=8", "layout.top_k=2"], 0, [(DEAD, BUSY)]),
-    "ernie": (["layout.expert_sizes=[{num: 4, granularity: 1}, {num: 4, granularity: 2}]"], 0, [(7, 4), (0, 3)]),
+    "ernie": (
+        ["layout.expert_sizes=[{num: 4, granularity: 1}, {num: 4, granularity: 2}]"],
+        0,
+        [(7, 4), (0, 3)],
+    ),
 }
 MESHES = {
     "one": (1, []),
@@ -55,7 +59,9 @@ def expected(name: str, shape: tuple[int, ...], layout: str) -> torch.Tensor:
     index = layer + (1 if layout in ("deepseek", "ernie") else 0)  # the first block is dense
     kind, _, rest = name.partition(".")
     slot, parameter = ("", rest) if kind == "model" else (rest.partition(".")[0], rest.partition(".")[2])
-    if not parameter.startswith((f"layers.{index}.feed_forward.experts", f"layers.{index}.feed_forward.router")):
+    if not parameter.startswith(
+        (f"layers.{index}.feed_forward.experts", f"layers.{index}.feed_forward.router")
+    ):
         return value
     first = 4 if ".sizes.1." in parameter else 0
     for dead, busy in pairs:
@@ -97,4 +103,3 @@ def test_every_bit_is_as_by_plain_indexing(pool: Pool, mesh: str, layout: str) -
             if shape and values.dtype.is_floating_point:
                 window = tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))
                 assert torch.equal(values, expected(name, shape, layout)[window]), name
-

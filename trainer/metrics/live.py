@@ -26,6 +26,7 @@ _MARKS = {
     "restart": ("↻", "yellow"),
     "resume": ("↻", "yellow"),
     "alarm": ("!", "bold yellow"),
+    "cure": ("+", "cyan"),
     "stop": ("■", "yellow"),
     "finish": ("✓", "bold green"),
 }

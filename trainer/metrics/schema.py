@@ -148,6 +148,12 @@ METRICS: tuple[Metric, ...] = (
         "Largest of a token's normalised scores, mean over tokens and MoE layers; even: 1 / experts.",
     ),
     Metric(
+        "moe/balance_coefficient",
+        "",
+        "number",
+        "Coefficient of the balance loss in the layer where it is largest; logged where `cure` sets it.",
+    ),
+    Metric(
         "moe/a2a_bytes",
         "byte/step",
         "number",
@@ -217,6 +223,15 @@ EVENTS: dict[str, dict[str, str]] = {
         "since": "step at which the trouble of the message was found",
         "evidence": "a dict a layer of the message: `layer`, `experts` and numbers",
         "remedy": "what to change in the config",
+    },
+    "cure": {
+        "kind": "policy that acted",
+        "layer": "it acted on",
+        "experts": "it is about; none: the whole layer",
+        "evidence": "loads that it acted upon",
+        "before": "coefficient, dead experts or spread of the bias",
+        "after": "the same, by this action",
+        "message": "all of that in words",
     },
     "finish": {
         "weights_digest": "128 bits; equal if and only if the weights are",

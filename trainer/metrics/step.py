@@ -78,10 +78,14 @@ def _bytes_of_row(config: RunConfig) -> int:
     return config.model.dim * (2 if config.train.dtype is Dtype.bf16 else 4)
 
 
-def _load_metrics(counts_LE: Tensor, dropped_L: Tensor, config: RunConfig) -> dict[str, Any]:
+def moe_layer_numbers(config: RunConfig, num_layers: int) -> list[int]:
+    """The model's number of each of its MoE layers; layers of the user's own are numbered as they come."""
     layers = moe_layers(config)
-    if len(layers) != len(counts_LE):  # layers of the user's own: numbered as they come
-        layers = list(range(len(counts_LE)))
+    return layers if len(layers) == num_layers else list(range(num_layers))
+
+
+def _load_metrics(counts_LE: Tensor, dropped_L: Tensor, config: RunConfig) -> dict[str, Any]:
+    layers = moe_layer_numbers(config, len(counts_LE))
     share_LE = counts_LE.double() / counts_LE.sum(1, keepdim=True).clamp_min(1)
     loads: dict[str, Any] = {load_name(i): share.tolist() for i, share in zip(layers, share_LE, strict=True)}
     share_LR = rank_shares(config, counts_LE)

@@ -73,7 +73,7 @@ def event_text(event: Record) -> str:
         )
     elif kind == "stop":
         text = f"{get('reason')}" + (", resumable" if get("resumable") else "")
-    elif kind == "alarm":
+    elif kind in ("alarm", "cure"):
         text = f"{str(get('kind')).replace('_', ' ')}: {get('message')}"
     elif kind == "finish":
         text = f"after {seconds_text(as_float(get('seconds')))}, weights {get('weights_digest')}"

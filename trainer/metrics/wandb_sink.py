@@ -73,14 +73,14 @@ class WandbSink:
             self._guard(lambda: self._run.log({name: _value(name, value) for name, value in record.items()}))
 
     def event(self, event: Record) -> None:
-        """Failures and alarms become W&B alerts, validation results part of the summary."""
+        """Failures, alarms and cures become W&B alerts, validation results part of the summary."""
         if self._run is None:
             return
         name = event["event"]
-        if name in ("failure", "alarm"):
+        if name in ("failure", "alarm", "cure"):
             text = f"step {event['step']}: {event_text(event)}"
             title = f"{name}: {event['kind']}" if "state" in event else name
-            level = "INFO" if event.get("state") == "cleared" else "WARN"
+            level = "INFO" if name == "cure" or event.get("state") == "cleared" else "WARN"
             self._guard(lambda: self._run.alert(title=title, text=text, level=level))
         elif name == "finish":
             summary = {

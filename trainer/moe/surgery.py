@@ -84,9 +84,7 @@ def _parts(path: str, layer: MoeLayer) -> MoeParts:
     stacks, first = [], 0
     for name, stack in held:
         leaves = [leaf for leaf, _ in stack.named_parameters()]
-        stacks.append(
-            Stack(tuple(f"{name}.{leaf}" for leaf in leaves), first, stack.num_stacked_experts)
-        )
+        stacks.append(Stack(tuple(f"{name}.{leaf}" for leaf in leaves), first, stack.num_stacked_experts))
         first += stack.num_stacked_experts
     gated = any(name == "weight" for name, _ in router.named_parameters())
     group = router.num_choosable // router.layout.num_groups

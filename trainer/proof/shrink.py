@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.config import (
     CallbackConfig,
+    CureConfig,
     Device,
     Dtype,
     RouterName,
@@ -73,6 +74,7 @@ def shrink(asked: RunConfig, device: Device, recorder: CallbackConfig) -> tuple[
     c.resilience.collective_timeout_seconds = 60.0
     c.resilience.max_restarts = 0
     c.resilience.check_exchanges = True
+    c.cure = CureConfig()  # what is proven is the layout; a cure would change the model midway
     c.callbacks = [recorder]
     return c, changes(asked, c)
 
