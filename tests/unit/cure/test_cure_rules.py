@@ -25,13 +25,22 @@ REVIVE, RESET = "cure.revive_dead.enabled=true", "cure.reset_bias.enabled=true"
 MISTAKES = [
     (["layout=dense", REVIVE], "cure.revive_dead.enabled=True: layout=dense has no experts to cure"),
     (["layout.target=a.b:C", REVIVE], "layout.target=a.b:C makes layers of your own, whose routers are not"),
-    (["layout.balance.coefficient=0", RAISE], "stays 0 whatever it is multiplied by. Fix: layout.balance.coe"),
+    (
+        ["layout.balance.coefficient=0", RAISE],
+        "stays 0 whatever it is multiplied by. Fix: layout.balance.coe",
+    ),
     ([RAISE, ADAPT], "cure.adapt_balance sets the same coefficient"),
     (["layout.balance.scope=micro", ADAPT], "layout.balance.scope=micro counts otherwise on every split"),
-    (["layout=hash", REVIVE], "layout.router=hash learns nothing that could be changed. Fix: cure.revive_dead"),
+    (
+        ["layout=hash", REVIVE],
+        "layout.router=hash learns nothing that could be changed. Fix: cure.revive_dead",
+    ),
     (["layout=expert_choice", REVIVE], "layout.router=expert_choice gives every expert the same load"),
     ([RESET], "layout=mixtral has no bias (layout.balance.bias_update_rate = 0)"),
-    (["cure.revive_dead.split=0"], "a tie always goes to the same of the two experts. Fix: cure.revive_dead.s"),
+    (
+        ["cure.revive_dead.split=0"],
+        "a tie always goes to the same of the two experts. Fix: cure.revive_dead.s",
+    ),
     (["cure.raise_balance.factor=1"], "cure.raise_balance.factor=1.0: must be above 1"),
     (["cure.raise_balance.threshold=1.1"], "must be at least cure.raise_balance.even = 1.25"),
     (["cure.every=0"], "cure.every=0: must be at least 1. Fix: cure.every=1"),
