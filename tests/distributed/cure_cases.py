@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 
@@ -34,7 +36,9 @@ class DieAt(Callback):
 def work(rank: int, world: int, store: dist.Store, config: RunConfig, run_dir: str, generation: int) -> Any:
     """A worker of a generation of a run. Whether it finished; it may die on purpose."""
     place = Place(rank, rank, world, generation, store, agent=True)
-    try:
-        return run_worker(config, Path(run_dir), place, StopSignal())
-    except Death:
-        return "died"
+    size, me = str(world), str(rank)  # as launchers say it, for Accelerate
+    with patch.dict(os.environ, RANK=me, LOCAL_RANK=me, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size):
+        try:
+            return run_worker(config, Path(run_dir), place, StopSignal())
+        except Death:
+            return "died"

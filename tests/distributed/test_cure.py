@@ -157,11 +157,13 @@ LAYOUTS = {
     "ep 2": EP2,
     "ep 2, sharded": ["launcher.nproc_per_node=4", "parallel.ep=2"],
     "ep 4": ["launcher.nproc_per_node=4", "parallel.ep=4"],
+    "accelerate": [*EP2, "engine=accelerate"],
+    "deepspeed": [*EP2, "engine=deepspeed", "engine.zero_stage=3"],
 }
 
 
 def test_every_layout_does_the_same(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """The same actions on the same evidence, and weights equal to rounding."""
+    """And every engine: the same actions on the same evidence, and weights equal to rounding."""
     found = {}
     for number, (name, mesh) in enumerate(LAYOUTS.items()):
         run = Run(pool, corpus, tmp_path / str(number))
