@@ -201,7 +201,10 @@ def _dead_experts(config: RunConfig, reading: Reading) -> _Rule:
         return text, {"experts": dead[:_MAX_EXPERTS], "num_dead": len(dead), "idle_steps": idle}
 
     value_L = dead_LE.sum(1).double()
-    return _Rule("dead_experts", value_L, 0.0, 0.0, True, 1, tell, _balance_remedy(config))
+    remedy = _balance_remedy(config)
+    if config.layout.router is not RouterName.hash:
+        remedy += ", or let dead experts be revived (cure.revive_dead.enabled=true)"
+    return _Rule("dead_experts", value_L, 0.0, 0.0, True, 1, tell, remedy)
 
 
 def _entropy(health: HealthConfig, reading: Reading) -> list[_Rule]:
