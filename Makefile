@@ -42,9 +42,11 @@ lint: setup ## ruff (rules and format), mypy, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: setup ## write docs/metrics.md and docs/configuration.md anew from the code
+docs: setup ## write anew what the code knows: metrics.md, configuration.md, costs and pictures of layouts.md
 	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md
 	$(BIN)/python -m trainer.reference > docs/configuration.md
+	$(BIN)/python -m trainer.layouts docs/layouts.md
+	$(BIN)/python -m docs.draw_layouts
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -104,6 +104,8 @@ def example(layout: LayoutConfig) -> Row:
         by_tokens = layout.router is not RouterName.expert_choice
         if layout.capacity_factor is not None and (lost if by_tokens else idlers) != 1:
             continue
+        if max(sum(e == expert for _, e, _, _ in pairs) for expert in range(total)) > 5:
+            continue
         for token in range(2, length):
             own = [(expert, placed) for t, expert, placed, _ in pairs if t == token]
             experts = sorted(expert for expert, _ in own)
@@ -114,7 +116,8 @@ def example(layout: LayoutConfig) -> Row:
                 and all(placed for _, placed in own)
                 and idle == (total > layout.num_experts)
             )
-            if wanted and (apart or layout.num_groups > 1):
+            inner = range(layout.num_experts // 4, layout.num_experts * 3 // 4)
+            if wanted and (apart if layout.num_groups == 1 else all(e in inner for e in experts)):
                 return Row(row.expert_SK, row.placed_SK, row.weight_SK, token)
     raise AssertionError(f"no row of {layout.name} shows what it should")
 
@@ -317,11 +320,13 @@ def draw_ranks(picture: Picture, shelf: Shelf, chosen: Mapping[int, float], cros
         hit = grouped and any(e in chosen for e in mine)
         edge = {"edgecolor": ONE, "linewidth": 1.0, "linestyle": (0, (3, 2))} if hit else {"edgecolor": BAND}
         picture.rounded(left, 130, right - left, 150, BAND, zorder=2, **edge)
-        words = f"rank {rank}" + (f"\ngroup {groups.pop()}" if grouped and len(groups) == 1 else "")
+        if grouped and len(groups) == 1:
+            at, side = (left + 2, "left") if right < MIDDLE + 5 else (right - 2, "right")
+            picture.text(at, 287, f"group {groups.pop()}", 6.5, color=GREY, ha=side)
         half = 20
         places = [(left + right) / 2, left + half, right - half]
         x = max(places, key=lambda at: min([half + 3, *(abs(at - c) for c in crossed)]))
-        picture.text(x, RANKS_Y - 5, words, 6.5, color=GREY, va="bottom")
+        picture.text(x, RANKS_Y, f"rank {rank}", 6.5, color=GREY)
 
 
 def draw_experts(picture: Picture, shelf: Shelf, chosen: Mapping[int, float]) -> None:

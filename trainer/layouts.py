@@ -37,6 +37,7 @@ def layout_names() -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / "layout").glob("*.yaml"))
 
 
+@cache
 def layout_config(name: str) -> RunConfig:
     """What ``layout=NAME model=tiny`` is on a CPU, resolved."""
     return resolve(compose([f"layout={name}", "model=tiny", "device=cpu"]), Machine(num_cpus=1))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from launch import evaluate, sweep
@@ -20,17 +21,18 @@ from launch.train import split_arguments
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from tests.command import MUSTER, SMALL, Workplace
+from trainer import layouts, reference
 from trainer import overrides as grammar
-from trainer import reference
 from trainer.build import build_model
 from trainer.compose import apply_overrides, compose
-from trainer.config import LayoutConfig, Machine, RunConfig, resolve
-from trainer.models.cost import model_cost
+from trainer.config import BalanceScope, LayoutConfig, Machine, RouterName, RunConfig, resolve
+from trainer.models.cost import model_cost, places_reached
 from trainer.models.init import initialise
 from trainer.rules import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LAYOUTS = ROOT / "docs" / "layouts.md"
 MACHINE = Machine(num_cpus=8, num_gpus=8)
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _NAMED = re.compile(r"^`([\w./]+)`\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -263,11 +265,9 @@ def table(page: Path, first: str) -> list[list[str]]:
 
 def test_table_of_layouts_is_that_of_conf() -> None:
     rows = table(ROOT / "README.md", "layout")
-    assert [row[0] for row in rows] == ["dense", "switch", "mixtral", "deepseek"]
-    assert {row[0] for row in rows} == {path.stem for path in (ROOT / "conf" / "layout").glob("*.yaml")}
+    assert sorted(row[0] for row in rows) == layouts.layout_names()
     for row in rows:
-        layout = compose([f"layout={row[0]}"]).layout
-        assert row[1:7] == described(layout), row[0]
+        assert row[1:7] == described(layouts.layout_config(row[0]).layout), row[0]
 
 
 def test_table_of_sampling_options_is_that_of_the_code() -> None:
@@ -282,14 +282,61 @@ def described(layout: LayoutConfig) -> list[str]:
         return ["0", "–", "0", "–", "–", "–"]
     balance = layout.balance
     parts = {"loss": balance.coefficient, "z-loss": balance.router_z, "bias": balance.bias_update_rate}
+    by = {"hierarchical": "two levels", "sinkhorn": "balanced", "expert_choice": "experts choose"}
+    extra = {"zero": layout.num_zero_experts, "copy": layout.num_copy_experts}
+    sizes = [size.num for size in layout.expert_sizes] or [layout.num_experts]
+    scores = [
+        layout.score.value,
+        "renormalised" if layout.renormalize else "",
+        by.get(layout.router.value, ""),
+    ]
     return [
-        str(layout.num_experts),
+        " + ".join([*map(str, sizes), *(f"{number} {kind}" for kind, number in extra.items() if number)]),
         str(layout.top_k),
         str(layout.num_shared_experts),
-        layout.score.value + (", renormalised" if layout.renormalize else ""),
+        "hash" if layout.router is RouterName.hash else ", ".join(filter(None, scores)),
         "none" if layout.capacity_factor is None else f"capacity {layout.capacity_factor}",
-        ", ".join(f"{name} {value:.4f}".rstrip("0") for name, value in parts.items() if value),
+        ", ".join(
+            f"{name} {value:.4f}".rstrip("0") + (" by step" if name == "loss" and by_step(layout) else "")
+            for name, value in parts.items()
+            if value
+        )
+        or "none",
     ]
+
+
+def by_step(layout: LayoutConfig) -> bool:
+    return layout.balance.scope is BalanceScope.step
+
+
+def test_costs_of_layouts_are_those_of_the_code() -> None:
+    text = LAYOUTS.read_text()
+    assert text == layouts.filled(text), "fill them in again: python -m trainer.layouts docs/layouts.md"
+
+
+def test_every_layout_has_a_section_and_a_picture_of_it() -> None:
+    sections = re.findall(
+        r"^## (\w+)\n\n!\[[^]]+\]\((\S+)\)\n(.*?)^(?=## )", LAYOUTS.read_text(), re.M | re.S
+    )
+    assert sorted(name for name, *_ in sections) == layouts.layout_names()
+    for name, path, text in sections:
+        assert f"<!-- cost: {name} -->" in text and f"muster train layout={name} " in text
+        picture = ROOT / "docs" / path
+        assert picture.stem == name and picture.stat().st_size < 60_000
+        with Image.open(picture) as image:
+            drawn = image.info["Description"]
+        assert drawn == layouts.drawn_from(layouts.layout_config(name)), (
+            f"draw it again: python -m docs.draw_layouts {name}"
+        )
+
+
+def test_the_table_of_groups_and_nodes() -> None:
+    layout = layouts.layout_config("hierarchical").layout
+    rows = [[int(cell) for cell in row] for row in table(LAYOUTS, "`parallel.ep`")]
+    assert len(rows) == 5
+    for ep, nproc_per_node, num_nodes, reached in rows:
+        assert ep // nproc_per_node == num_nodes
+        assert places_reached(layout, ep, nproc_per_node) == reached
 
 
 def test_table_of_sizes_is_that_of_the_code() -> None:

@@ -151,14 +151,22 @@ def test_a_hierarchical_token_visits_top_groups_groups_with_equal_shares() -> No
         assert sorted(token.count(g) for g in set(token)) == [2, 2]
 
 
-def test_expert_choice_sees_the_future_and_top_k_does_not() -> None:
-    """The caveat of docs/layouts.md, shown: a change behind a position changes what it gets."""
-    for name, leaks in (("expert_choice", True), ("mixtral", False), ("switch", False)):
+def test_what_a_position_gets_depends_on_later_ones() -> None:
+    """The caveats of docs/layouts.md, shown: a change behind a position changes what it gets, or does not."""
+    for name, factor, leaks in (
+        ("expert_choice", -3.0, True),
+        ("gshard", -3.0, True),  # second choices get places after all first ones
+        ("drop by score", 3.0, True),
+        ("sinkhorn", -3.0, True),
+        ("mixtral", -3.0, False),
+        ("switch", -3.0, False),
+        ("switch", 3.0, False),
+    ):
         layer = random_layer(config_of(*LAYOUTS[name]))
         x, positions = inputs()
         y, _ = layer(x, positions)
         changed = x.detach().clone()
-        changed[:, LENGTH // 2 :] *= -3.0
+        changed[:, LENGTH // 2 :] *= factor
         z, _ = layer(changed, positions)
         same = torch.allclose(y[:, : LENGTH // 2], z[:, : LENGTH // 2])
         assert same is not leaks, name
