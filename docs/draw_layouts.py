@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -127,7 +126,7 @@ class Picture:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.layout = config, config.layout
-        self.figure = plt.figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=DPI, facecolor=PAPER)
+        self.figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=DPI, facecolor=PAPER)
         self.axes: Axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
         self.axes.axis("off")
@@ -160,7 +159,6 @@ class Picture:
         """A small PNG, which knows what it was drawn from."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.figure.savefig(path)
-        plt.close(self.figure)
         note = PngInfo()
         note.add_text("Description", drawn_from(self.config))
         with Image.open(path) as image:
@@ -492,7 +490,6 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
     torch.set_num_threads(1)
     for chosen in sys.argv[1:] or layout_names():
         print(draw(chosen))

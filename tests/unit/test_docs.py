@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from docs import draw_layouts
 from launch import evaluate, sweep
 from launch.__main__ import HELP
 from launch.inference import layout_for
@@ -328,6 +329,15 @@ def test_every_layout_has_a_section_and_a_picture_of_it() -> None:
         assert drawn == layouts.drawn_from(layouts.layout_config(name)), (
             f"draw it again: python -m docs.draw_layouts {name}"
         )
+
+
+def test_a_layout_is_drawn_as_its_picture_says(tmp_path: Path) -> None:
+    with (
+        Image.open(draw_layouts.draw("switch", tmp_path)) as new,
+        Image.open(ROOT / "docs" / "images" / "layouts" / "switch.png") as kept,
+    ):
+        assert (new.size, new.info["Description"]) == (kept.size, kept.info["Description"])
+        assert len(new.convert("RGB").getcolors(1 << 20)) > 20, "an empty picture"
 
 
 def test_the_table_of_groups_and_nodes() -> None:

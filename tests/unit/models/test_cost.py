@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ SMALL = [
 ]
 
 
+@cache
 def config_of(*overrides: str) -> RunConfig:
     """A small one whose rows are long enough for an even choice to exist."""
     asked = compose([*SMALL, *overrides])
