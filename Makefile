@@ -25,7 +25,7 @@ train: setup ## the main job: train a Mixture-of-Experts on two processes (ARGS=
 	$(BIN)/muster train experiment=quickstart $(ARGS)
 
 test: setup ## all tests that need no GPU, in two lanes (tests/conftest.py)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -o addopts='' -m gpu tests/gpu $(ARGS)

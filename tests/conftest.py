@@ -5,14 +5,17 @@ import pytest
 from tests.command import CALM, Workplace
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes for ``make test``: one computes, the other starts commands and waits for them."""
-    for item in items:
-        lane = Path(item.path).relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("compute" if lane in _COMPUTE else "commands"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """``make test`` in two processes: one computes, the other starts commands and waits for them."""
+    from xdist.scheduler import LoadScopeScheduling  # not needed, and maybe not there, without -n
 
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            computes = nodeid.startswith(("tests/unit/", "tests/conf/", "tests/distributed/"))
+            return "compute" if computes else "commands"
 
-_COMPUTE = ("unit", "conf", "distributed")
+    return Lanes(config, log)
 
 
 @pytest.fixture
