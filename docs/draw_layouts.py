@@ -19,7 +19,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from trainer.config import DropBy, LayoutConfig, RouterName, RunConfig
+from trainer.config import RunConfig
+from trainer.config_moe import DropBy, LayoutConfig, RouterName
 from trainer.layouts import EP, drawn_from, layout_config, layout_names
 from trainer.models.cost import num_choosable, rank_of_experts
 from trainer.models.transformer import is_moe_layer

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from launch.outcome import EXIT_GAVE_UP, Outcome
 from parallel.errors import ConfigError
-from trainer.config import Device, EngineConfig, LauncherConfig, ParallelConfig, RunConfig, require
+from trainer.config import Device, EngineConfig, ParallelConfig, RunConfig, require
+from trainer.config_launcher import LauncherConfig
 
 if TYPE_CHECKING:
     from trainer.checkpoint.resume import Checkpoint

@@ -29,7 +29,8 @@ from launch.outcome import EXIT_CONFIG, EXIT_STOPPED, Outcome
 from parallel.errors import ConfigError
 from trainer import overrides as grammar
 from trainer.compose import write_atomically
-from trainer.config import KubernetesConfig, KubernetesKind, RunConfig
+from trainer.config import RunConfig
+from trainer.config_launcher import KubernetesConfig, KubernetesKind
 
 CONTAINER = "muster"
 _RUNTIME_PART = "node"

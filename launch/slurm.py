@@ -22,7 +22,8 @@ from pathlib import Path
 from launch.outcome import EXIT_STOPPED, Outcome
 from parallel.errors import ConfigError
 from trainer.compose import write_atomically
-from trainer.config import LauncherConfig, RunConfig
+from trainer.config import RunConfig
+from trainer.config_launcher import LauncherConfig
 from trainer.rundir import RunDirectory
 
 SCRIPT = "job.sbatch"

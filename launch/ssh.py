@@ -25,7 +25,7 @@ from rich.console import Console
 from launch.agent import StopRequest
 from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_GAVE_UP, EXIT_STOPPED, Outcome
 from parallel.errors import ConfigError
-from trainer.config import LauncherConfig
+from trainer.config_launcher import LauncherConfig
 
 _OPTIONS = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15"]
 _FORWARDED = ("MUSTER_", "NCCL_", "GLOO_", "TORCH_", "HF_", "WANDB_", "PYTHONPATH")

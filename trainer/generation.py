@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.errors import ConfigError
-from trainer.config import LayoutConfig
+from trainer.config_moe import LayoutConfig
 from trainer.data.tokenizer import TextTokenizer
 from trainer.draws import Sampling, choose, prompt_keys, uniform
 from trainer.ranks import Ranks, idle

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import re
 
-from trainer.config import (
-    Device,
-    KubernetesConfig,
-    KubernetesKind,
-    LauncherConfig,
-    Machine,
-    RunConfig,
-    SlurmConfig,
-    require,
-)
+from trainer.config import Device, Machine, RunConfig, require
+from trainer.config_launcher import KubernetesConfig, KubernetesKind, LauncherConfig, SlurmConfig
 
 SUBMITTED = ("slurm", "kubernetes")
 """Launchers whose jobs ``muster submit`` writes."""

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from parallel.dims import ParallelDims, divisors, nearest
-from trainer.config import (
-    BalanceScope,
-    EngineName,
-    LayoutConfig,
-    RouterName,
-    RunConfig,
-    Score,
-    check_ep,
-    require,
-)
+from trainer.config import EngineName, RunConfig, check_ep, require
+from trainer.config_moe import BalanceScope, LayoutConfig, RouterName, Score
 
 
 def check_layout(config: RunConfig, dims: ParallelDims) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from parallel.dispatch.local import LocalDispatcher
 from trainer.build import build_model
 from trainer.compose import CONF_DIR, compose
-from trainer.config import LayoutConfig, Machine, RunConfig, resolve
+from trainer.config import Machine, RunConfig, resolve
+from trainer.config_moe import LayoutConfig
 from trainer.models.cost import all_to_all_bytes_per_token, model_cost, places_reached
 
 EP = 4

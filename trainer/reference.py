@@ -1,6 +1,6 @@
 """The page of all config fields: ``python -m trainer.reference > docs/configuration.md``.
 
-Types and meanings come from the dataclasses in ``trainer/config.py`` and the strings under their fields,
+Types and meanings come from the dataclasses in ``trainer/config*.py`` and the strings under their fields,
 defaults from what ``muster train`` composes without overrides, groups from the files of ``conf/``. Torch-free.
 """
 
@@ -90,7 +90,7 @@ MEANINGS = {
 INTRO = """\
 # Configuration
 
-<!-- Printed by `python -m trainer.reference > docs/configuration.md`; edit trainer/config.py, conf/ or that
+<!-- Printed by `python -m trainer.reference > docs/configuration.md`; edit trainer/config*.py, conf/ or that
 module. -->
 
 A run is described by one config. `muster train` composes it from the files of [`conf/`](../conf) and from

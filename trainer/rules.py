@@ -9,7 +9,6 @@ from trainer.config import (
     AttentionKind,
     Device,
     EngineName,
-    HealthConfig,
     ModelConfig,
     RopeScaling,
     RopeScalingConfig,
@@ -21,6 +20,7 @@ from trainer.config import (
     parallel_dims,
     require,
 )
+from trainer.config_moe import HealthConfig
 from trainer.cure.rules import check_cure
 from trainer.ds_config import check_deepspeed
 from trainer.launchers import check_launcher

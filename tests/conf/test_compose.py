@@ -12,7 +12,8 @@ import pytest
 
 from parallel.errors import ConfigError
 from trainer.compose import CONF_DIR, apply_overrides, compose, freeze, load_frozen
-from trainer.config import Machine, RunConfig, Score, resolve
+from trainer.config import Machine, RunConfig, resolve
+from trainer.config_moe import Score
 from trainer.rules import validate
 
 GROUPS = sorted(folder.name for folder in CONF_DIR.iterdir() if folder.is_dir())

@@ -14,7 +14,8 @@ from torch import Tensor
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from trainer.build import build_model
-from trainer.config import BiasUpdate, RunConfig
+from trainer.config import RunConfig
+from trainer.config_moe import BiasUpdate
 from trainer.data.batch import Batch
 from trainer.models.init import initialise
 from trainer.optim import learning_rate

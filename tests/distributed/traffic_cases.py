@@ -9,7 +9,8 @@ import torch
 from parallel.mesh import build_meshes
 from tests.distributed import oracle
 from trainer.build import build_dispatcher, build_engine, build_model
-from trainer.config import RouterName, RunConfig, parallel_dims
+from trainer.config import RunConfig, parallel_dims
+from trainer.config_moe import RouterName
 from trainer.metrics.step import Hardware, step_metrics
 from trainer.models.cost import model_cost, num_choosable
 from trainer.models.init import initialise

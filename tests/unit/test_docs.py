@@ -26,7 +26,8 @@ from trainer import layouts, reference
 from trainer import overrides as grammar
 from trainer.build import build_model
 from trainer.compose import apply_overrides, compose
-from trainer.config import BalanceScope, LayoutConfig, Machine, RouterName, RunConfig, resolve
+from trainer.config import Machine, RunConfig, resolve
+from trainer.config_moe import BalanceScope, LayoutConfig, RouterName
 from trainer.models.cost import model_cost, places_reached
 from trainer.models.init import initialise
 from trainer.rules import validate

@@ -13,7 +13,8 @@ from parallel.engines.base import whole_state
 from parallel.errors import ConfigError
 from trainer.build import build_model
 from trainer.compose import compose
-from trainer.config import LayoutConfig, Machine, resolve
+from trainer.config import Machine, resolve
+from trainer.config_moe import LayoutConfig
 from trainer.draws import Sampling, choose, prompt_keys, uniform
 from trainer.generation import cache_maker, complete, dropless
 from trainer.models.init import fill_buffers, initialise

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import AdaptBalanceConfig, RaiseBalanceConfig, ResetBiasConfig, ReviveDeadConfig
+from trainer.config_moe import AdaptBalanceConfig, RaiseBalanceConfig, ResetBiasConfig, ReviveDeadConfig
 from trainer.health.window import Reading, Window
 from trainer.moe.surgery import MoeParts, Revival
 from trainer.step import Totals

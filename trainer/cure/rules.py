@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trainer.config import BalanceScope, CureConfig, RouterName, RunConfig, require
+from trainer.config import RunConfig, require
+from trainer.config_moe import BalanceScope, CureConfig, RouterName
 
 
 def enabled(cure: CureConfig) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import HealthConfig, RouterName, RunConfig
+from trainer.config import RunConfig
+from trainer.config_moe import HealthConfig, RouterName
 from trainer.health.ranks import expert_ranks, rank_shares
 from trainer.health.window import Reading
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from parallel.exchange_timer import ExchangeTimer
-from trainer.config import RouterName, RunConfig
+from trainer.config import RunConfig
+from trainer.config_moe import RouterName
 from trainer.data.batch import Batch
 from trainer.data.prepare import PreparedData
 from trainer.health.alarms import Alarm, Alarms, evenness

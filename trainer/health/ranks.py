@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config import LayoutConfig, RunConfig
+from trainer.config import RunConfig
+from trainer.config_moe import LayoutConfig
 
 
 def expert_ranks(layout: LayoutConfig, ep: int) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from parallel.errors import ConfigError
-from trainer.config import AttentionKind, RunConfig, Score
+from trainer.config import AttentionKind, RunConfig
+from trainer.config_moe import Score
 from trainer.interop.family import (
     BLOCK,
     DENSE,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from parallel.placement import expert_modules
-from trainer.config import AttentionKind, Dtype, LayoutConfig, RouterName, RunConfig
+from trainer.config import AttentionKind, Dtype, RunConfig
+from trainer.config_moe import LayoutConfig, RouterName
 from trainer.models.transformer import is_moe_layer
 from trainer.moe.capacity import row_capacity
 

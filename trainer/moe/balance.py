@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parallel.dispatch.permute import count
-from trainer.config import BiasUpdate
+from trainer.config_moe import BiasUpdate
 
 
 class MoeStats(NamedTuple):

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.config import DropBy, LayoutConfig
+from trainer.config_moe import DropBy, LayoutConfig
 
 
 def row_capacity(layout: LayoutConfig, length: int) -> int | None:

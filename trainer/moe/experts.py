@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import Activation, ExpertSize, RunConfig
+from trainer.config import Activation, RunConfig
+from trainer.config_moe import ExpertSize
 from trainer.models.layers import activate
 
 

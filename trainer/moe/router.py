@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from parallel.dispatch.base import Routing
 from parallel.recompute import recorded
-from trainer.config import BalanceScope, LayoutConfig, RouterName, Score
+from trainer.config_moe import BalanceScope, LayoutConfig, RouterName, Score
 from trainer.moe import balance, choice
 from trainer.moe.balance import MoeStats
 from trainer.moe.capacity import places, row_capacity

@@ -20,7 +20,8 @@ from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from trainer.build import build_model
 from trainer.compose import load_frozen
-from trainer.config import BiasUpdate, RunConfig
+from trainer.config import RunConfig
+from trainer.config_moe import BiasUpdate
 from trainer.data.batch import Batch
 from trainer.data.loader import build_loader
 from trainer.data.prepare import prepare_data

@@ -14,10 +14,8 @@ from typing import Any
 
 from trainer.config import (
     CallbackConfig,
-    CureConfig,
     Device,
     Dtype,
-    RouterName,
     RunConfig,
     Schedule,
     Source,
@@ -25,6 +23,7 @@ from trainer.config import (
     WandbMode,
     parallel_dims,
 )
+from trainer.config_moe import CureConfig, RouterName
 
 STEPS = 3
 """Optimizer steps of a proof; the run is stopped and resumed before the last one."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config import AdaptBalanceConfig, RaiseBalanceConfig, ResetBiasConfig, ReviveDeadConfig
+from trainer.config_moe import AdaptBalanceConfig, RaiseBalanceConfig, ResetBiasConfig, ReviveDeadConfig
 from trainer.cure.policies import Action, AdaptBalance, RaiseBalance, ResetBias, ReviveDead
 from trainer.health.window import Window
 from trainer.moe.surgery import MoeParts, Revival, Stack

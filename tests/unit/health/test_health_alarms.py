@@ -11,7 +11,7 @@ from health_helpers import filled, moe_config, totals
 
 from parallel.dispatch.all_to_all import AllToAllDispatcher
 from parallel.dispatch.base import Routing
-from trainer.config import ExpertSize, LayoutConfig, RouterName
+from trainer.config_moe import ExpertSize, LayoutConfig, RouterName
 from trainer.health.alarms import Alarm, Alarms
 from trainer.health.ranks import expert_ranks, rank_shares
 from trainer.health.window import Window

@@ -17,7 +17,8 @@ from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from trainer.build import build_model
 from trainer.compose import CONF_DIR, compose
-from trainer.config import LayoutConfig, Machine, RouterName, RunConfig, resolve
+from trainer.config import Machine, RunConfig, resolve
+from trainer.config_moe import LayoutConfig, RouterName
 from trainer.models.cost import (
     all_to_all_bytes_per_token,
     answered_share,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.config import LayoutConfig
+from trainer.config_moe import LayoutConfig
 from trainer.moe.layer import MoeLayer
 
 

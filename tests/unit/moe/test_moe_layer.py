@@ -10,7 +10,8 @@ from torch import Tensor
 
 from parallel.dispatch.local import LocalDispatcher
 from trainer.compose import compose
-from trainer.config import BiasUpdate, Machine, RunConfig, resolve
+from trainer.config import Machine, RunConfig, resolve
+from trainer.config_moe import BiasUpdate
 from trainer.moe.balance import balance_loss, entropy, load_fraction, router_z, row_counts, update_bias_
 from trainer.moe.experts import Experts, grouped_linear
 from trainer.moe.layer import MoeLayer
