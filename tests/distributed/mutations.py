@@ -113,19 +113,19 @@ def clip_norm_counts_replicas_twice(config: RunConfig, rank: int) -> AbstractCon
 
 @mutation
 def balance_loss_detached(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
-    original = trainer.moe.balance.sequence_balance
-    return patch.object(trainer.moe.balance, "sequence_balance", lambda *args: original(*args).detach())
+    original = trainer.moe.balance.balance_loss
+    return patch.object(trainer.moe.balance, "balance_loss", lambda *args: original(*args).detach())
 
 
 @mutation
 def balance_loss_divided_by_dp(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
-    original, dp = trainer.moe.balance.sequence_balance, parallel_dims(config).dp
+    original, dp = trainer.moe.balance.balance_loss, parallel_dims(config).dp
 
     def divided(*args: Tensor) -> Tensor:
         value = original(*args)
         return value / dp + (value - value / dp).detach()  # what is logged stays right, as it did
 
-    return patch.object(trainer.moe.balance, "sequence_balance", divided)
+    return patch.object(trainer.moe.balance, "balance_loss", divided)
 
 
 @mutation
@@ -152,9 +152,9 @@ def combine_weights_applied_twice(config: RunConfig, rank: int) -> Iterator[None
 
 @mutation
 def dropped_tokens_lose_their_residual(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
-    def forward(self: Block, x: Tensor, table: Any, mask: Any, targets: Tensor) -> Any:
-        x = x + self.attention(self.attention_norm(x), table, mask)
-        y, stats = self.feed_forward(self.ffn_norm(x), targets)
+    def forward(self: Block, x: Tensor, table: Any, mask: Any, positions: Positions, remember: Any) -> Any:
+        x = x + self.attention(self.attention_norm(x), table, mask, remember)
+        y, stats = self.feed_forward(self.ffn_norm(x), positions)
         dropped = (y == 0).all(-1, keepdim=True)
         return torch.where(dropped, y, x + y), stats
 
