@@ -19,6 +19,7 @@ from parallel.dims import ParallelDims, nearest
 from parallel.errors import ConfigError
 from trainer.config_launcher import LauncherConfig
 from trainer.config_moe import CureConfig, HealthConfig, LayoutConfig
+from trainer.config_survival import CheckpointConfig, ResilienceConfig
 
 
 class Device(Enum):
@@ -282,32 +283,6 @@ class EvalConfig:
     sample_tokens: int = 0
     """Tokens generated at the end of training; 0: none."""
     sample_prompt: str = "def "
-
-
-@dataclass
-class CheckpointConfig:
-    every: int = 100
-    """Steps between checkpoints; 0: at the end only."""
-    keep_last: int = 2
-    keep_every: int = 0
-    """Checkpoints at multiples of this many steps are never removed; 0: none."""
-    load_from: str | None = None
-    """A run or checkpoint directory to start from when this run has no checkpoint of its own."""
-    load_weights_only: bool = False
-    """Of load_from: begin at step 0 with a new optimizer and data order instead of going on."""
-
-
-@dataclass
-class ResilienceConfig:
-    max_restarts: int = 5
-    """Restarts without a new checkpoint in between, after which the run gives up (exit 70)."""
-    collective_timeout_seconds: float = 600.0
-    stop_grace_seconds: float = 120.0
-    """How long workers may take to save after Ctrl-C or SIGTERM."""
-    check_exchanges: bool = False
-    """Before each exchange of tokens, agree on it out of band: ranks that diverge are then named, at some cost."""
-    node_timeout_seconds: float = 30.0
-    """How long a node may be silent before it counts as lost."""
 
 
 @dataclass

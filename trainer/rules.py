@@ -25,6 +25,7 @@ from trainer.cure.rules import check_cure
 from trainer.ds_config import check_deepspeed
 from trainer.launchers import check_launcher
 from trainer.layout_rules import check_layout
+from trainer.survival_rules import check_survival
 
 
 def validate(config: RunConfig) -> None:
@@ -62,13 +63,7 @@ def validate(config: RunConfig) -> None:
     _check_health(config)
     check_deepspeed(config, dims)
     check_launcher(config)
-    require(
-        config.checkpoint.keep_last >= 1,
-        "checkpoint.keep_last",
-        config.checkpoint.keep_last,
-        "at least one checkpoint is kept",
-        "checkpoint.keep_last=1",
-    )
+    check_survival(config)
     for index, callback in enumerate(config.callbacks):
         _check_dotted(f"callbacks[{index}].target", callback.target)
     for where in ("model", "layout", "data"):
@@ -88,7 +83,7 @@ _NOT_NEGATIVE = (
     "layout.balance.router_z layout.balance.bias_update_rate optim.lr optim.weight_decay "
     "optim.max_grad_norm optim.warmup_steps optim.decay_steps eval.every eval.sample_tokens "
     "health.every health.maps_every health.dead_steps health.trace_every "
-    "checkpoint.every checkpoint.keep_every resilience.max_restarts train.steps train.seed"
+    "train.steps train.seed"
 ).split()
 
 
@@ -106,9 +101,6 @@ def _check_ranges(config: RunConfig) -> None:
     for path in _NOT_NEGATIVE:
         value = _get(config, path)
         require(value >= 0, path, value, "must not be negative", f"{path}=0")
-    for path in ("resilience.collective_timeout_seconds", "resilience.stop_grace_seconds"):
-        value = _get(config, path)
-        require(value > 0, path, value, "must be above 0 seconds", f"{path}=60")
 
 
 def _check_model(model: ModelConfig) -> None:
