@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts docs clean
+.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,19 @@ lint: setup ## ruff (rules and format), mypy, import layers
 bench-layouts: setup ## train every layout with the quickstart's budget, write bench/results/layouts.md (resumable)
 	$(BIN)/python -m bench.layouts $(ARGS)
 
+BENCH := .venv-bench/bin
+.venv-bench/.ready: pyproject.toml constraints.txt
+	test -x $(BENCH)/python || $(PYTHON) -m venv .venv-bench
+	$(BENCH)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BENCH)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+bench-survival: .venv-bench/.ready ## recovery from kill -9 and SIGSTOP, Muster and its peers in turn, write bench/results/survival.md
+	$(BENCH)/python -m bench.survival $(ARGS)
+
+bench-saves: setup ## what asynchronous saves cost, Muster and DCP in turn, write bench/results/saves.md
+	$(BIN)/python -m bench.saves $(ARGS)
+
 docs: setup ## write anew what the code knows: metrics.md, configuration.md, costs and pictures of layouts.md
 	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md
 	$(BIN)/python -m trainer.reference > docs/configuration.md
@@ -52,4 +65,4 @@ docs: setup ## write anew what the code knows: metrics.md, configuration.md, cos
 	$(BIN)/python -m docs.draw_layouts
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-bench .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

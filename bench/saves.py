@@ -1,0 +1,198 @@
+"""What does a durable save take from training? Muster's writer and DCP's asynchronous save in one run, in turn.
+
+    make bench-saves [ARGS="--rounds 8"]
+
+Two ranks train the same dense model (DDP). A block is a number of steps; in turn without a save, with one of
+Muster's, and with one of DCP's (`async_save` with its stager, shared memory, a process group of its own), begun
+after the block's first step and ended within the block. *Lost* is the block's time less the time of the steps of
+the blocks without a save on either side of it. Both write the same tensors, half of the bytes a rank, to the same
+disk; both have saved once before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from bench.recovery.plain import stager
+from bench.recovery.work import Work
+from bench.survival import BIN, REPO, RESULTS, freeze
+from parallel.engines.base import StateSlice
+from trainer.checkpoint.durable import DurableCheckpointer
+from trainer.environment import cpu_model
+
+STEPS = 20
+Saver = Callable[[int], Callable[[], None]]
+"""Begins a save of a step; what it returns waits for its end."""
+
+
+def muster_saver(work: Work, folder: Path, rank: int, world_size: int) -> Saver:
+    """Muster's durable tier on the weights and both slots of AdamW."""
+    saver = DurableCheckpointer(
+        folder, rank, world_size, "bench", keep_last=1, keep_every=0, timeout_seconds=60
+    )
+
+    def slices() -> list[StateSlice]:
+        found = []
+        for index, (name, parameter) in enumerate(work.objective.named_parameters()):
+            slots = {"model": parameter.detach()}
+            slots |= {
+                f"optim.{key}": work.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")
+            }
+            for kind, tensor in slots.items():
+                shape = tuple(tensor.shape)
+                owner = index % world_size == rank
+                found.append(StateSlice(f"{kind}.{name}", shape, (0,) * len(shape), tensor, owner))
+        return found
+
+    def save(step: int) -> Callable[[], None]:
+        saver.save(step, slices(), {"step": step}, {"torch_rng": torch.get_rng_state()}, {})
+        return saver.wait
+
+    return save
+
+
+def dcp_saver(work: Work, folder: Path) -> Saver:
+    """DCP's `async_save`; the checkpoint before is removed, as Muster's is."""
+    group, staging = dist.new_group(backend="gloo"), stager()
+
+    def save(step: int) -> Callable[[], None]:
+        weights, slots = get_state_dict(work.objective, work.optimizer)
+        made: Any = dcp.async_save(
+            {"model": weights, "optimizer": slots},
+            checkpoint_id=str(folder / f"step-{step}"),
+            process_group=group,
+            async_stager=staging,
+        )
+        future = getattr(made, "upload_completion", made)
+
+        def end() -> None:
+            future.result()
+            if dist.get_rank() == 0:
+                for old in folder.glob("step-*"):
+                    if old.name != f"step-{step}":
+                        shutil.rmtree(old)
+
+        return end
+
+    return save
+
+
+def worker(config: Path, folder: Path, rounds: int) -> None:
+    """One rank: all blocks, the seconds of each to ``folder/blocks-RANK.json``."""
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    work = Work(config, rank, world_size)
+    model = DistributedDataParallel(work.objective)
+
+    def step() -> None:
+        for batch in work.batches():
+            model(batch.tokens, batch.targets).backward()
+        work.optimizer.step()
+        work.optimizer.zero_grad()
+
+    savers: dict[str, Saver | None] = {
+        "Muster": muster_saver(work, folder / "muster", rank, world_size),
+        "DCP": dcp_saver(work, folder / "dcp"),
+    }
+    blocks: list[dict[str, Any]] = []
+    number = 0
+    for count in range(rounds + 1):
+        for name in ("none", "Muster", "none", "DCP"):
+            saver = savers.get(name)
+            dist.barrier()
+            began, stall, end = time.perf_counter(), 0.0, None
+            for index in range(STEPS):
+                step()
+                if index == 0 and saver is not None:
+                    number += 1
+                    at = time.perf_counter()
+                    end = saver(number)
+                    stall = time.perf_counter() - at
+            if end is not None:
+                end()
+            seconds = time.perf_counter() - began
+            blocks.append({"round": count, "name": name, "seconds": seconds, "stall": stall})
+    blocks.append({"round": rounds + 1, "name": "none", "seconds": blocks[-2]["seconds"], "stall": 0.0})
+    (folder / f"blocks-{rank}.json").write_text(json.dumps(blocks))
+    dist.barrier()
+    os._exit(0)
+
+
+def main() -> None:
+    """Start the ranks, read what they measured, write the page."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.config, args.worker, args.rounds)
+    folder = Path(tempfile.mkdtemp(prefix="muster-saves-"))
+    load = os.getloadavg()[0]
+    try:
+        config = freeze(folder, "model.dim=256", "model.ffn_dim=1024")
+        for name in ("muster", "dcp"):
+            (folder / name).mkdir()
+        command = [str(BIN / "torchrun"), "--nproc-per-node=2", "--standalone", "-m", "bench.saves"]
+        command += ["--worker", str(folder), "--config", str(config), "--rounds", str(args.rounds)]
+        environment = {**os.environ, "PYTHONPATH": str(REPO), "MUSTER_CACHE": str(folder / "cache")}
+        subprocess.run(command, check=True, cwd=folder, env=environment)
+        blocks = json.loads((folder / "blocks-0.json").read_text())
+        size = sum(path.stat().st_size for path in (folder / "dcp").rglob("*.distcp"))
+    finally:
+        shutil.rmtree(folder)
+    lost: dict[str, list[float]] = {"Muster": [], "DCP": []}
+    stall: dict[str, list[float]] = {"Muster": [], "DCP": []}
+    for index, block in enumerate(blocks):
+        if block["round"] == 0 or block["name"] == "none":
+            continue  # the first round warms both up
+        beside = (blocks[index - 1]["seconds"] + blocks[index + 1]["seconds"]) / 2
+        lost[block["name"]].append(block["seconds"] - beside)
+        stall[block["name"]].append(block["stall"])
+    medians = {name: statistics.median(values) for name, values in lost.items()}
+    lines = [
+        "# What an asynchronous save takes from training",
+        "",
+        f"{os.cpu_count()} cores of {cpu_model()}, {platform.system()}, {time.strftime('%Y-%m-%d')}, load "
+        f"{load:.1f} before. Command: `make bench-saves ARGS='{' '.join(sys.argv[1:])}'`. {size / 1e6:.0f} MB a "
+        f"save, two ranks, blocks of {STEPS} steps, {args.rounds} saves each, in turn.",
+        "",
+        "| | training time lost a save, median (range), s | stall of the training thread, median, s |",
+        "| --- | --- | --- |",
+    ]
+    for name, values in lost.items():
+        spread = f"{min(values):.3f}–{max(values):.3f}"
+        lines.append(f"| {name} | {medians[name]:.3f} ({spread}) | {statistics.median(stall[name]):.4f} |")
+    lines += [
+        "",
+        f"Muster / DCP: {medians['Muster'] / medians['DCP']:.2f}",
+        "",
+        "Raw, seconds a block on rank 0:",
+        "",
+    ]
+    lines += ["```json", *(json.dumps(block) for block in blocks), "```"]
+    page = "\n".join(lines) + "\n"
+    print(page)
+    (RESULTS / "saves.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()
