@@ -99,6 +99,8 @@ def _failure_of(worker: Worker) -> Failure | None:
     if code < 0:
         # It died between the last look and this one, before anyone could have suffered from it.
         cause, certain = f"killed by {signal_name(-code)}", code != -signal.SIGABRT
+        if worker.is_orphaned():
+            cause = "ended with the standby process that it was forked from"
         return _failure(worker, "crash", cause, code, worker.seen_alive, certain)
     lines = worker.log_tail().splitlines()
     cause = f"exit code {code}" + (f": {lines[-1].strip()}" if lines else "")

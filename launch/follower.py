@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from launch.control import Hello, Link, Order
 from launch.failure import has_failed
 from launch.local import check_data, worker_plan
 from launch.outcome import EXIT_GAVE_UP, EXIT_STOPPED, Outcome
+from launch.standby import Standby, standby_for
 from launch.workers import WorkerGroup
 from parallel.errors import ConfigError
 from trainer.config import RunConfig
@@ -66,6 +68,7 @@ class Follower:
         self._status = link.status
         self._group: WorkerGroup | None = None
         self._config: RunConfig | None = None
+        self._standby: Standby | None = None
         self._stop = StopRequest()
         self._deadline: float | None = None
 
@@ -85,6 +88,8 @@ class Follower:
         """Kill what still runs here, and tell node 0."""
         if self._group is not None:
             self._group.kill()
+        if self._standby is not None:
+            self._standby.close()
         self._status.left = True
         self._link.tell(self._status)
         self._link.close()
@@ -156,6 +161,8 @@ class Follower:
         try:
             _see(Path(order.run_dir), order.token)
             self._config = RunDirectory(Path(order.run_dir)).config()
+            if self._standby is None:
+                self._standby = standby_for(self._config, Path(order.run_dir), self._say)
             check_data(self._config, self._console)
             self._status.ready = True
         except ConfigError as error:
@@ -166,6 +173,7 @@ class Follower:
         rank = order.ranks[str(self._link.id)]
         run = RunDirectory(Path(order.run_dir))
         plan = worker_plan(run, self._config, rank, self._config.launcher.master_port)
+        plan = replace(plan, standby=self._standby)
         first, last = plan.first_rank, plan.first_rank + plan.num_workers - 1
         self._say(f"Node {rank}: ranks {first}-{last} of {run.path} start (generation {order.generation}).")
         self._group = WorkerGroup(plan, run.path, order.generation, order.check_exchanges)

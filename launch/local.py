@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from launch.agent import Agent, Incomplete
 from launch.cluster import Cluster
 from launch.cluster_group import starter
 from launch.outcome import EXIT_CONFIG, EXIT_STOPPED, Outcome
+from launch.standby import standby_for
 from launch.view import RunView
 from launch.workers import Plan, worker_command
 from parallel.errors import ConfigError
@@ -96,7 +99,12 @@ def run_here(run: RunDirectory, config: RunConfig, console: Console, cluster: Cl
     Raises:
         ConfigError: a node cannot work.
     """
-    with run.lock():
+    with run.lock(), ExitStack() as stack:
+        standby = standby_for(
+            config, run.path, lambda line: console.print(line, markup=False, soft_wrap=True)
+        )
+        if standby is not None:
+            stack.enter_context(standby)
         with console.status("Starting…"):
             run.write_environment(describe(config, sys.argv))
             port = config.launcher.master_port
@@ -106,7 +114,7 @@ def run_here(run: RunDirectory, config: RunConfig, console: Console, cluster: Cl
                 # Port 0: the kernel picks a free one. The server thread lives as long as this process.
                 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
                 port = store.port
-        plan = worker_plan(run, config, 0, port)
+        plan = replace(worker_plan(run, config, 0, port), standby=standby)
         if cluster is not None:
             try:
                 cluster.prepare(run.path)

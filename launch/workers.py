@@ -16,11 +16,13 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from launch.failure import Failure, diagnose
+from launch.standby import ForkedProcess, Standby, StandbyLost
 from trainer.metrics.jsonl import decode
 
 _TAIL_BYTES = 4000
 _TAIL_LINES = 12
 _REPORT_BYTES = 1 << 16
+_PROGRAM = [sys.executable, "-m", "trainer"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Plan:
         env: variables for every worker, on top of this process's own.
         master_port: of the store that the agent hosts and that outlives generations.
         first_rank, world_size: where this node's ranks stand; by default it is the whole world.
+        standby: forks workers of :func:`worker_command`; None: each is started as a process of its own.
     """
 
     command: Sequence[str]
@@ -42,6 +45,7 @@ class Plan:
     master_port: int = 0
     first_rank: int = 0
     world_size: int | None = None
+    standby: Standby | None = None
 
     def starter(self, run_dir: Path) -> Callable[[int, bool], WorkerGroup]:
         """What starts the workers of a generation, given its number and whether they check their exchanges."""
@@ -59,11 +63,15 @@ class Worker:
     """
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     log: Path
     report_file: BinaryIO
     seen_alive: float
     code: int | None = None
+
+    def is_orphaned(self) -> bool:
+        """Whether it ended because the standby did."""
+        return isinstance(self.process, ForkedProcess) and self.process.orphaned
 
     def is_stopped(self) -> bool:
         """Whether it lives but is suspended (SIGSTOP, a debugger)."""
@@ -105,12 +113,21 @@ class WorkerGroup:
         self.workers: list[Worker] = []
         folder = run_dir / "logs" / f"generation-{generation}"
         folder.mkdir(parents=True, exist_ok=True)
+        self._standby = plan.standby if plan.standby is not None and plan.standby.prepare() else None
         try:
-            for local_rank in range(plan.num_workers):
-                self.workers.append(self._start(plan, run_dir, folder, local_rank))
+            try:
+                self._start_all(plan, run_dir, folder)
+            except StandbyLost:
+                self.kill()
+                self.workers, self._standby = [], None
+                self._start_all(plan, run_dir, folder)
         except BaseException:
             self.kill()
             raise
+
+    def _start_all(self, plan: Plan, run_dir: Path, folder: Path) -> None:
+        for local_rank in range(plan.num_workers):
+            self.workers.append(self._start(plan, run_dir, folder, local_rank))
 
     def _start(self, plan: Plan, run_dir: Path, folder: Path, local_rank: int) -> Worker:
         rank = plan.first_rank + local_rank
@@ -128,21 +145,25 @@ class WorkerGroup:
             "MUSTER_AGENT_PID": str(os.getpid()),
             "MUSTER_RUN_DIR": str(run_dir),
             "MUSTER_GENERATION": str(self.generation),
-            "MUSTER_ERROR_FILE": f"/dev/fd/{report_file.fileno()}",
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",  # a segfault leaves its stack in the log
         }
+        files = {"MUSTER_ERROR_FILE": report_file.fileno()}
+        process: subprocess.Popen[bytes] | ForkedProcess
         with log.open("ab") as output:
-            # Its own session, so that the terminal's Ctrl-C reaches the agent alone.
-            process = subprocess.Popen(
-                list(plan.command),
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[report_file.fileno()],
-            )
+            if self._standby is not None:
+                process = self._standby.fork(plan.command[len(_PROGRAM) :], env, output, **files)
+            else:
+                # Its own session, so that the terminal's Ctrl-C reaches the agent alone.
+                process = subprocess.Popen(
+                    list(plan.command),
+                    env=env | {name: f"/dev/fd/{file}" for name, file in files.items()},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=list(files.values()),
+                )
         return Worker(rank, process, log, report_file, seen_alive=time.time())
 
     def codes(self) -> list[int | None]:
@@ -178,8 +199,11 @@ class WorkerGroup:
         for worker in self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.process.pid, signal.SIGKILL)
+            worker.process.send_signal(signal.SIGKILL)  # one that has no group of its own yet
         for worker in self.workers:
             worker.code = worker.process.wait()
+        if self._standby is not None:
+            self._standby.forget([w.process for w in self.workers if isinstance(w.process, ForkedProcess)])
 
     def __enter__(self) -> WorkerGroup:
         return self
@@ -199,4 +223,4 @@ def _memory_file() -> BinaryIO:
 
 def worker_command(config: Path) -> list[str]:
     """The command of a real worker."""
-    return [sys.executable, "-m", "trainer", "--config", str(config)]
+    return [*_PROGRAM, "--config", str(config)]

@@ -32,11 +32,15 @@ EXIT_STOPPED = 75
 _PLACES_SECONDS = 1.0
 
 
-def main(argv: list[str]) -> NoReturn:
-    """Run one rank, and leave with its exit code."""
+def main(argv: list[str], parent: int | None = None) -> NoReturn:
+    """Run one rank, and leave with its exit code.
+
+    Args:
+        parent: pid of the process that this one must not outlive; None: the agent, if there is one.
+    """
     under_agent = os.environ.get("MUSTER_AGENT") == "1"
     if under_agent:
-        die_with_parent(int(os.environ["MUSTER_AGENT_PID"]))
+        die_with_parent(int(os.environ["MUSTER_AGENT_PID"]) if parent is None else parent)
     gc.disable()  # else it goes through all that is imported again and again; run_worker turns it on
     stop = StopSignal()
     stop.listen()

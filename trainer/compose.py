@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +249,18 @@ def load_frozen(path: Path) -> RunConfig:
         ConfigError: the file is missing, damaged, or holds a key or value that the schema does not know.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return copy.deepcopy(_parse(path.read_text(encoding="utf-8"), path))
     except FileNotFoundError:
         raise ConfigError(
             "config", path, "there is no such file", "a config.yaml of a run directory"
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("config", path, f"cannot be read: {_one_line(error)}", _RESTORE) from None
+
+
+@lru_cache(maxsize=1)  # what the standby of a node has read, the workers that it forks need not
+def _parse(text: str, path: Path) -> RunConfig:
+    content = yaml.safe_load(text)
     if not isinstance(content, dict):
         raise ConfigError("config", path, "is not a mapping of config fields", _RESTORE)
     try:

@@ -27,5 +27,7 @@ class ResilienceConfig:
     """How long workers may take to save after Ctrl-C or SIGTERM."""
     check_exchanges: bool = False
     """Before each exchange of tokens, agree on it out of band: ranks that diverge are then named, at some cost."""
+    standby: bool = True
+    """Keep a process that has imported everything, and fork workers from it: a restart takes no start-up."""
     node_timeout_seconds: float = 30.0
     """How long a node may be silent before it counts as lost."""

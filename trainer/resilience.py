@@ -27,3 +27,4 @@ class StopSignal:
         leaves, must not turn a saved run into a killed one."""
         for number in _SIGNALS:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # a forked worker comes with them blocked

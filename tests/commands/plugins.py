@@ -38,7 +38,7 @@ class SignalAgent(Callback):
         if trainer.rank or trainer.state.step != self.at or self.mark.exists():
             return
         self.mark.touch()
-        group = os.getppid()
+        group = int(os.environ["MUSTER_AGENT_PID"])
         assert os.getpgid(group) == group, "the agent needs a group of its own, or others get the signal"
         os.killpg(group, self.number)
         if self.number == signal.SIGKILL:

@@ -1,0 +1,101 @@
+"""The standby over its real processes: forks, exits, signals, and its own death."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from launch.standby import ForkedProcess, Standby, StandbyLost
+from tests.commands.watch import wait_until
+
+
+@pytest.fixture(scope="module")
+def standby(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standby]:
+    log = tmp_path_factory.mktemp("standby") / "logs" / "standby.log"
+    said: list[str] = []
+    with Standby({"OMP_NUM_THREADS": "1"}, None, log, said.append) as made:
+        assert made.prepare(), log.read_text()
+        assert said == []
+        yield made
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def fork(standby: Standby, folder: Path, port: int) -> ForkedProcess:
+    """A real worker whose config is missing; with port 1, where nobody listens, it waits for the store."""
+    env = {
+        **os.environ,
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "MUSTER_AGENT": "1",
+        "MUSTER_AGENT_PID": str(os.getpid()),
+    }
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"MUSTER_RUN_DIR": str(folder), "MUSTER_GENERATION": "0"}
+    with (folder / "log").open("ab") as log, (folder / "report").open("w+b") as report:
+        command = ["--config", str(folder / "config.yaml")]
+        return standby.fork(command, env, log, MUSTER_ERROR_FILE=report.fileno())
+
+
+def listens(pid: int, number: signal.Signals) -> bool:
+    """Whether a process handles a signal."""
+    (caught,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line)
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_a_forked_worker_is_one_like_any_other(
+    standby: Standby, store: dist.TCPStore, tmp_path: Path
+) -> None:
+    process = fork(standby, tmp_path, store.port)
+    assert process.wait() == 2
+    report = json.loads((tmp_path / "report").read_text())
+    assert report["kind"] == "config" and "there is no such file" in report["cause"]
+    assert psutil.pid_exists(process.pid), "its pid is its own until it is forgotten"
+    standby.forget([process])
+    wait_until(lambda: not psutil.pid_exists(process.pid), "the end of the zombie")
+
+
+def test_signals_reach_the_workers_and_not_the_standby(standby: Standby, tmp_path: Path) -> None:
+    first, second = (fork(standby, tmp_path, port=1) for _ in range(2))
+    server = psutil.Process(first.pid).ppid()
+    for process in (first, second):
+        wait_until(lambda pid=process.pid: os.getsid(pid) == pid, "a session of its own")  # type: ignore[misc]
+    comm = Path(f"/proc/{first.pid}/comm")
+    wait_until(lambda: comm.read_text() == "muster-rank-3\n", "its name")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        os.kill(server, number)
+    wait_until(lambda: listens(first.pid, signal.SIGTERM), "the worker's own handler")
+    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGSTOP)
+    assert first.poll() is None and second.poll() is None
+    for process, number in ((first, signal.SIGKILL), (second, signal.SIGABRT)):
+        process.send_signal(number)
+        assert process.wait() == -number
+    standby.forget([first, second])
+    assert fork(standby, tmp_path, port=1).poll() is None, "it still forks"
+
+
+def test_workers_die_with_the_standby_and_another_takes_its_place(standby: Standby, tmp_path: Path) -> None:
+    process = fork(standby, tmp_path, port=1)
+    server = psutil.Process(process.pid).parent()
+    assert server is not None
+    server.kill()
+    assert process.wait() == -signal.SIGKILL and process.orphaned
+    with pytest.raises(StandbyLost, match="no worker was forked"):
+        fork(standby, tmp_path, port=1)
+    assert not standby.prepare(), "this generation is started without it"
+    assert standby.prepare()
+    last = fork(standby, tmp_path, port=1)
+    standby.close()
+    wait_until(lambda: not psutil.pid_exists(last.pid), "the end of what a closed standby has forked")
