@@ -176,6 +176,8 @@ class Agent:
                 self._record_failure(failure, generation)
                 if stopped_by is not None or self.stop.cause is not None:
                     return self._stopped(saved=False)
+                if failure.exit_code == EXIT_GAVE_UP:
+                    return self._gave_up(f"over {failure.kind}: no restart would mend it", failure)
                 if not self.budget.spend(self.run_directory.newest_checkpoint()):
                     return self._gave_up(
                         f"after {self.budget.used - 1} restart(s) without a new checkpoint "

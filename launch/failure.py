@@ -12,10 +12,10 @@ import re
 import signal
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
+from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_GAVE_UP, EXIT_STOPPED
 
 if TYPE_CHECKING:
     from launch.workers import Worker
@@ -86,14 +86,16 @@ def _failure_of(worker: Worker) -> Failure | None:
         cause = str(report.get("cause", "unknown"))
         exit_code = report.get("exit_code", 1)
         kind = str(report.get("kind", "crash"))
-        return _failure(
+        found = _failure(
             worker,
             "hang" if kind == "crash" and _TIMEOUT.search(cause) else kind,
             cause,
             exit_code if isinstance(exit_code, int) else 1,
             float(report["time"]),
-            certain=exit_code == EXIT_CONFIG or not _FALLOUT.search(cause),
+            certain=exit_code in (EXIT_CONFIG, EXIT_GAVE_UP) or not _FALLOUT.search(cause),
         )
+        # All ranks may have agreed that another one is to blame.
+        return replace(found, rank=report.get("rank", found.rank), host=report.get("host", found.host))
     if code is None:
         return None
     if code < 0:

@@ -8,7 +8,7 @@ EXIT_DONE = 0
 EXIT_CONFIG = 2
 """A config or input error."""
 EXIT_GAVE_UP = 70
-"""The restart budget is spent."""
+"""The restart budget is spent, or no restart would mend it."""
 EXIT_STOPPED = 75
 """Stopped, and resumable."""
 

@@ -21,3 +21,22 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}={self.value}: {self.relation}. Fix: {self.fix}."
+
+
+class NamedFailure(RuntimeError):
+    """What all ranks agree went wrong, and the rank that is to blame; a restart may mend it.
+
+    Args:
+        kind: as in the event ``failure``: ``non-finite``, ``corruption``.
+        cause: for a person.
+        rank: to blame, if one is.
+        host: its name.
+    """
+
+    def __init__(self, kind: str, cause: str, rank: int | None = None, host: str | None = None) -> None:
+        self.kind, self.cause, self.rank, self.host = kind, cause, rank, host
+        super().__init__(cause)
+
+
+class FatalError(NamedFailure):
+    """The same, where no restart would mend it: the run gives up (exit code 70)."""

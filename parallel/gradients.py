@@ -29,9 +29,11 @@ def global_norm(local_gradients: Sequence[Tensor], replica: dist.ProcessGroup) -
 
 @torch.no_grad()
 def clip_(local_gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale in place by ``min(1, max_norm / norm)``; a non-finite norm makes every gradient non-finite.
+    """Scale in place by ``min(1, max_norm / norm)``, by 1 where the norm is not finite.
 
-    The formula is that of ``torch.nn.utils.clip_grads_with_norm_`` (1e-6 in the denominator).
+    The formula is that of ``torch.nn.utils.clip_grads_with_norm_`` (1e-6 in the denominator). There a norm of NaN
+    would spread to every gradient; here they still show where it comes from.
     """
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    scale = torch.where(torch.isfinite(norm), scale, 1.0)
     torch._foreach_mul_(list(local_gradients), scale)

@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, FatalError, NamedFailure
 from parallel.exchange_check import DesyncError, describe_places_within
 from trainer.process import die_with_parent
 from trainer.resilience import StopSignal
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trainer.launched import Arrival
 
 EXIT_CONFIG = 2
+EXIT_GAVE_UP = 70
 EXIT_STOPPED = 75
 _PLACES_SECONDS = 1.0
 
@@ -65,13 +66,21 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
         if first_to_speak():
             _say(f"muster: {error}")
         _leave(EXIT_CONFIG)
+    except FatalError as error:
+        _report(error.kind, error.cause, EXIT_GAVE_UP, rank=error.rank, host=error.host)
+        if first_to_speak():
+            _say(f"muster: {error}")
+        _leave(EXIT_GAVE_UP)
     except BaseException as error:
         _say("".join(traceback.format_exception(error)).rstrip())
         places = _places(error, arrival)
         if places:
             _say(places)
         cause = f"{''.join(traceback.format_exception_only(error)).strip()} {places}".strip()
-        _report(error.kind if isinstance(error, DesyncError) else "crash", cause, 1)
+        if isinstance(error, NamedFailure):
+            _report(error.kind, error.cause, 1, rank=error.rank, host=error.host)
+        else:
+            _report(error.kind if isinstance(error, DesyncError) else "crash", cause, 1)
         # No collective, no destructor that waits for a peer: the others are told by our death.
         _leave(1)
     # Another launcher would take any other code for a failure. Everything is closed; without the interpreter's
@@ -91,11 +100,17 @@ def _places(error: BaseException, arrival: Arrival | None) -> str:
     return f"Where the ranks are: {found}" if found else ""
 
 
-def _report(kind: str, cause: str, exit_code: int) -> None:
-    """Tell the agent why this process ends, before its connections close."""
+def _report(kind: str, cause: str, exit_code: int, rank: int | None = None, host: str | None = None) -> None:
+    """Tell the agent why this process ends, before its connections close.
+
+    Args:
+        rank, host: to blame, where that is known and need not be this process.
+    """
     path = os.environ.get("MUSTER_ERROR_FILE")
     if path is not None:
-        Path(path).write_text(json.dumps({"kind": kind, "cause": cause, "exit_code": exit_code}) + "\n")
+        blamed = {key: value for key, value in (("rank", rank), ("host", host)) if value is not None}
+        report = {"kind": kind, "cause": cause, "exit_code": exit_code, **blamed}
+        Path(path).write_text(json.dumps(report) + "\n")
 
 
 def _say(text: str) -> None:

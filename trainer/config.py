@@ -19,7 +19,7 @@ from parallel.dims import ParallelDims, nearest
 from parallel.errors import ConfigError
 from trainer.config_launcher import LauncherConfig
 from trainer.config_moe import CureConfig, HealthConfig, LayoutConfig
-from trainer.config_survival import CheckpointConfig, ResilienceConfig
+from trainer.config_survival import CheckpointConfig, GuardConfig, ResilienceConfig
 
 
 class Device(Enum):
@@ -320,6 +320,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     cure: CureConfig = field(default_factory=CureConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -1,4 +1,4 @@
-"""What a config may say of checkpoints, failures and restarts. Torch-free."""
+"""What a config may say of checkpoints, failures, restarts and guards. Torch-free."""
 
 from __future__ import annotations
 
@@ -31,3 +31,20 @@ class ResilienceConfig:
     """Keep a process that has imported everything, and fork workers from it: a restart takes no start-up."""
     node_timeout_seconds: float = 30.0
     """How long a node may be silent before it counts as lost."""
+
+
+@dataclass
+class GuardConfig:
+    """What stands between a step and its commit (docs/fault-tolerance.md)."""
+
+    non_finite: bool = False
+    """A step whose loss or gradients are not finite does not commit: it is redone; if that recurs, stepped over."""
+    max_skips: int = 20
+    """Batches that a run may step over; one more, and it gives up (exit 70)."""
+    max_skips_in_a_row: int = 3
+    """The same for batches that follow one another."""
+    spike_sigma: float = 0.0
+    """The same for a step whose loss is this many robust standard deviations (1.4826 · MAD) above the median of
+    the steps before it; 0: off."""
+    spike_window: int = 100
+    """Steps that this median is over; nothing is judged before it is full."""

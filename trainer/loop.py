@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader import Loader, merge_states
 from trainer.data.prepare import PreparedData
 from trainer.generation import sample
+from trainer.guard.guard import Guard
 from trainer.health.monitor import Health
 from trainer.layout_rules import split_of
 from trainer.metrics.step import Hardware, check_user_metrics, step_metrics
@@ -57,7 +59,8 @@ class Trainer:
         valid: this rank's held-out batches.
         hardware: what tokens per second are measured against.
         cure: what is done about uneven and dead experts; None: nothing.
-        result: of the newest step.
+        guard: decides whether a step commits; None: every one does.
+        result: of the newest step that was committed.
     """
 
     config: RunConfig
@@ -76,6 +79,7 @@ class Trainer:
     hardware: Hardware
     control: dist.ProcessGroup
     cure: Cure | None = None
+    guard: Guard | None = None
     state: TrainState = field(default_factory=TrainState)
     result: StepResult | None = None
     _since_log: list[float] = field(default_factory=list)
@@ -89,6 +93,7 @@ class Trainer:
         config, state = self.config, self.state
         self.stepper.on_gradients = self._on_gradients
         self.stepper.observer = self.health
+        self.stepper.gate = self.guard
         self.health.begin(state.step)
         for callback in self.callbacks:
             callback.on_start(self)
@@ -99,14 +104,15 @@ class Trainer:
             last = state.step == config.train.steps
             evaluated = config.eval.every > 0 and (last or _due(state.step, config.eval.every))
             logged = evaluated or last or _due(state.step, config.logger.every)
-            record = self._end_step(result, logged)
+            record = {} if result is None else self._end_step(result, logged)
             improved = evaluated and self._evaluate_and_log(record)
-            if logged and not evaluated:
+            if logged and not evaluated and result is not None:
                 self._write(record, None)
-            if _due(state.step, config.checkpoint.every) or last or improved or result.stop:
+            stop = result is not None and result.stop
+            if _due(state.step, config.checkpoint.every) or last or improved or stop:
                 self.save(best=improved)
             self._log_saves()
-            if result.stop and not last:
+            if stop and not last:
                 self.health.finish()
                 self.checkpoints.wait()
                 self._log_saves()
@@ -115,22 +121,28 @@ class Trainer:
         self._finish()
         return True
 
-    def step(self) -> StepResult:
-        """One optimizer step on the next samples. Collective."""
+    def step(self) -> StepResult | None:
+        """One optimizer step on the next samples; None: they were stepped over. Collective."""
         began = time.perf_counter()
         batches = self.loader.next_step()
         for callback in self.callbacks:
             callback.on_batches(self, batches)
-        self.health.enter("train", self.state.step + 1)
-        result = self.result = self.stepper.train_step(self.state.step, batches)
-        self.health.leave()
+        attempt = partial(self._attempt, batches)
+        result = attempt() if self.guard is None else self.guard.run(self.state.step + 1, attempt)
         self.state.step += 1
         self.state.tokens += self.config.train.global_batch * self.config.train.seq_len
-        if self.cure is not None:  # here, where no parameter is gathered: what is written must be seen
-            for fields in self.cure.after_step(self.state.step, result.totals):
-                self.log.event("cure", self.state.step, **fields)
+        if result is not None:
+            self.result = result
+            self.health.leave()
+            if self.cure is not None:  # here, where no parameter is gathered: what is written must be seen
+                for fields in self.cure.after_step(self.state.step, result.totals):
+                    self.log.event("cure", self.state.step, **fields)
         self._since_log.append(time.perf_counter() - began)
         return result
+
+    def _attempt(self, batches: list[Batch]) -> StepResult:
+        self.health.enter("train", self.state.step + 1)  # forgets what an attempt before this one showed it
+        return self.stepper.train_step(self.state.step, batches)
 
     def _on_gradients(self) -> None:
         for callback in self.callbacks:
@@ -167,6 +179,7 @@ class Trainer:
             "loader": merge_states(states),
             "health": self.health.state_dict(),
             "cure": {} if self.cure is None else self.cure.state_dict(),
+            "guard": {} if self.guard is None else self.guard.state_dict(),
             "callbacks": [
                 {"target": entry.target, "state": callback.state_dict()}
                 for entry, callback in zip(self.config.callbacks, self.callbacks, strict=True)
@@ -210,6 +223,9 @@ class Trainer:
         watched = saved.pop("cure", {})
         if self.cure is not None:
             self.cure.load_state_dict(watched)
+        guarded = saved.pop("guard", {})
+        if self.guard is not None:
+            self.guard.load_state_dict(guarded)
         self.state = TrainState(**saved)
         if checkpoint.world_size == self.dims.world_size:
             rank_tensors = checkpoint.rank_tensors(self.rank)

@@ -38,6 +38,7 @@ from trainer.cure.cure import build_cure
 from trainer.data.loader import build_loader, valid_batches
 from trainer.data.prepare import prepare_data
 from trainer.data.tokenizer import TextTokenizer
+from trainer.guard.guard import build_guard
 from trainer.hardware import device_name, peak_flops
 from trainer.health.monitor import Health
 from trainer.loop import Trainer, owned_bytes
@@ -188,6 +189,7 @@ def _build_trainer(
         hardware=hardware,
         control=control,
         cure=build_cure(config, engine, stepper, control),
+        guard=build_guard(config, engine, control, place.rank, run_dir, prepared.fingerprint, log),
     )
     if place.rank == 0:
         check_room(directory, _checkpoint_bytes(engine))

@@ -32,6 +32,7 @@ class Totals:
             layer.
         dropped_L, unserved_L, sent_L: int64.
         counts_LE: routed pairs of each expert, int64.
+        faults: ranks that found something wrong, one count a :data:`FAULTS`, fp64; None of an evaluation.
     """
 
     num_targets: int
@@ -44,11 +45,15 @@ class Totals:
     unserved_L: Tensor
     sent_L: Tensor
     counts_LE: Tensor
+    faults: Tensor | None = None
 
     def mean(self, total: Tensor) -> float:
         """A sum over tokens as a mean a target token (a host sync)."""
         return float(total.sum()) / max(1, self.num_targets)
 
+
+FAULTS = ("non_finite", "corrupt")
+"""What a rank may find wrong in a step: a loss or norm that is not finite; state that changed by itself."""
 
 _SCALARS = ("balance", "router_z", "entropy", "confidence", "dropped", "unserved", "sent")
 
@@ -70,11 +75,24 @@ class Sums:
         packed = torch.cat(parts)
         self._total = packed if self._total is None else self._total + packed
 
-    def reduce(self, num_targets: int) -> Totals:
-        """Sum over all ranks. Collective."""
+    def finite(self) -> Tensor:
+        """Whether this rank's own cross-entropy is, 0-dim bool, no host sync."""
         assert self._total is not None, "a step has at least one micro-batch"
+        return torch.isfinite(self._total[0])
+
+    def reduce(self, num_targets: int, faults: Tensor | None = None) -> Totals:
+        """Sum over all ranks. Collective.
+
+        Args:
+            faults: what this rank found wrong, fp64 ``[len(FAULTS)]``, zeros and ones.
+        """
+        assert self._total is not None, "a step has at least one micro-batch"
+        if faults is not None:
+            self._total = torch.cat((self._total, faults))
         dist.all_reduce(self._total)
         flat = self._total[1:]
+        if faults is not None:
+            flat, faults = flat[: -len(FAULTS)], flat[-len(FAULTS) :]
         num_scalars = len(_SCALARS)
         layers = flat.view(self._num_layers, -1) if self._num_layers else flat.view(0, num_scalars)
         balance, router_z, entropy, confidence, *integers = layers[:, :num_scalars].unbind(1)
@@ -90,6 +108,7 @@ class Sums:
             unserved_L=unserved,
             sent_L=sent,
             counts_LE=layers[:, num_scalars:].long(),
+            faults=faults,
         )
 
 
@@ -113,6 +132,21 @@ class Observer(Protocol):
         """It went forward, to these losses. No host sync here."""
 
 
+class Gate(Protocol):
+    """Who decides whether a step commits (:mod:`trainer.guard`)."""
+
+    def corrupt(self) -> Tensor | None:
+        """Whether this rank's state changed since its last step, 0-dim bool; None: not looked at. No host sync."""
+
+    def judge(self, totals: Totals, finite: Tensor) -> Tensor | None:
+        """``skip`` of :meth:`parallel.engines.base.Engine.step`, the same on every rank. Collective.
+
+        Args:
+            totals: of the step, with its faults.
+            finite: whether this rank's own loss is.
+        """
+
+
 class Stepper:
     """Runs optimizer steps of one engine.
 
@@ -127,6 +161,7 @@ class Stepper:
     Attributes:
         on_gradients: called between the last backward of a step and clipping.
         observer: None where nobody watches.
+        gate: None where every step commits.
         balance_L: coefficient of the balance loss of each MoE layer; None: as configured.
     """
 
@@ -145,6 +180,7 @@ class Stepper:
         self.check = check
         self.on_gradients: Callable[[], None] = lambda: None
         self.observer: Observer | None = None
+        self.gate: Gate | None = None
         self.balance_L: Sequence[float | Tensor] | None = None
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
@@ -167,12 +203,30 @@ class Stepper:
         self.on_gradients()
         grad_norm = self.engine.clip_gradients(config.optim.max_grad_norm)
         lr = learning_rate(config.optim, step, config.train.steps)
-        self.engine.step(lr)
-        totals = sums.reduce(num_targets)
-        after_step = getattr(self.engine.model, "after_step", None)
-        if after_step is not None:
-            after_step(totals.counts_LE)
+        if self.gate is None:
+            totals, skip = sums.reduce(num_targets), None
+        else:
+            finite = sums.finite()
+            totals = sums.reduce(
+                num_targets, _faults(finite & torch.isfinite(grad_norm), self.gate.corrupt())
+            )
+            skip = self.gate.judge(totals, finite)
+        self.engine.step(lr, skip)
+        self._after_step(totals.counts_LE, skip)
         return StepResult(totals, grad_norm, lr, stop)
+
+    def _after_step(self, counts_LE: Tensor, skip: Tensor | None) -> None:
+        """Let the model take in the step's loads, unless the step does not commit (decided on the device)."""
+        after_step = getattr(self.engine.model, "after_step", None)
+        if after_step is None:
+            return
+        if skip is None:
+            after_step(counts_LE)
+            return
+        before = [(buffer, buffer.clone()) for buffer in self.engine.model.buffers()]
+        after_step(counts_LE)
+        for buffer, old in before:
+            buffer.copy_(torch.where(skip.bool(), old, buffer))
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Totals:
@@ -238,3 +292,8 @@ class Stepper:
         dist.all_reduce(agreed)
         num_targets, stops = agreed.tolist()
         return max(1, num_targets), stops > 0
+
+
+def _faults(finite: Tensor, corrupt: Tensor | None) -> Tensor:
+    """This rank's ``faults`` for :meth:`Sums.reduce`."""
+    return torch.stack([~finite, torch.zeros_like(finite) if corrupt is None else corrupt]).double()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from trainer.config import RunConfig, require
+from trainer.config_survival import GuardConfig
 
 
 def check_survival(config: RunConfig) -> None:
-    """Check a resolved config's sections ``checkpoint`` and ``resilience``.
+    """Check a resolved config's sections ``checkpoint``, ``resilience`` and ``guard``.
 
     Raises:
         ConfigError: the first rule that does not hold.
     """
     checkpoint, resilience = config.checkpoint, config.resilience
+    _check_guard(config.guard)
     for path, value in (
         ("checkpoint.every", checkpoint.every),
         ("checkpoint.keep_every", checkpoint.keep_every),
@@ -30,3 +32,27 @@ def check_survival(config: RunConfig) -> None:
         ("resilience.stop_grace_seconds", resilience.stop_grace_seconds),
     ):
         require(seconds > 0, path, seconds, "must be above 0 seconds", f"{path}=60")
+
+
+def _check_guard(guard: GuardConfig) -> None:
+    for field, least in (
+        ("max_skips", 0),
+        ("max_skips_in_a_row", 0),
+        ("spike_window", 10),
+    ):
+        value = getattr(guard, field)
+        require(value >= least, f"guard.{field}", value, f"must be {least} or more", f"guard.{field}={least}")
+    require(
+        guard.spike_sigma == 0 or guard.spike_sigma >= 3,
+        "guard.spike_sigma",
+        guard.spike_sigma,
+        "below 3 standard deviations ordinary losses are spikes",
+        "guard.spike_sigma=10, or 0 for none",
+    )
+    require(
+        guard.spike_sigma == 0 or guard.non_finite,
+        "guard.spike_sigma",
+        guard.spike_sigma,
+        "a spike is redone and stepped over like a step that is not finite",
+        "guard.non_finite=true, or guard.spike_sigma=0",
+    )

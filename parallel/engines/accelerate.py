@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
@@ -31,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from parallel.engines.base import StateSlice
 from parallel.engines.native import MakeOptimizer, NativeEngine, _shard_units
@@ -127,6 +129,10 @@ class AccelerateEngine(NativeEngine):
         if max_norm > 0:
             clip_([piece.tensor for piece in gradients], norm, max_norm)
         return norm
+
+    def _fused_optimizer(self) -> Optimizer:
+        assert isinstance(self.optimizer, AcceleratedOptimizer)
+        return self.optimizer.optimizer
 
     def _accelerator(self, model: nn.Module) -> Accelerator:
         """An accelerator over the process group that is there, with nothing left to its own defaults."""

@@ -68,8 +68,13 @@ class Engine(Protocol):
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Global L2 norm (0-dim, fp32) over every parameter of the model; scales down if above max_norm."""
 
-    def step(self, lr: float) -> None:
-        """Optimizer step at this learning rate, then clear the gradients."""
+    def step(self, lr: float, skip: Tensor | None = None) -> None:
+        """Optimizer step at this learning rate, then clear the gradients.
+
+        Args:
+            skip: 0-dim fp32 on the model's device, equal on all ranks: 1 leaves weights and optimizer as they
+                are, to the bit, whatever the gradients hold. None: an ordinary step.
+        """
 
     def named_state(self) -> Iterator[StateSlice]:
         """Weights, persistent buffers and optimizer slots of this rank, in the same order on every call."""

@@ -23,6 +23,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -121,10 +122,12 @@ class DeepSpeedEngine:
             clip_(list(gradients.values()), norm, max_norm)
         return norm
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, skip: Tensor | None = None) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        # Its optimizers need not be fused ones, which could decide on the device: the host reads `skip`.
+        with nullcontext() if skip is None or not bool(skip) else _idle(self._optimizer):
+            self._engine.step()
         if self.stage == 3:
             # Overwritten by the next gradient; a parameter that gets none must not see this one again.
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
@@ -330,6 +333,16 @@ def _remove(hooks: list[Any]) -> None:
     groups, with a few threads each, would outlive the engine."""
     for hook in hooks:
         hook.remove()
+
+
+@contextmanager
+def _idle(optimizer: Optimizer) -> Iterator[None]:
+    """Everything around the update is done, and the gradients are cleared; the update itself is not."""
+    setattr(optimizer, "step", lambda closure=None: None)  # noqa: B010
+    try:
+        yield
+    finally:
+        del optimizer.step
 
 
 def _with_names(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

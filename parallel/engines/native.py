@@ -85,7 +85,7 @@ class NativeEngine:
             clip_(gradients, norm, max_norm)
         return norm
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, skip: Tensor | None = None) -> None:
         for name, parameter in self._masters.items():
             local = self._locals[name]
             if parameter.grad is not None:
@@ -94,9 +94,15 @@ class NativeEngine:
                 local.grad = torch.zeros_like(local)  # so that its step count keeps up with the other ranks'
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # A fused kernel reads it on the device, as for torch.amp.GradScaler: nobody waits for the host.
+        setattr(self._fused_optimizer(), "found_inf", skip)  # noqa: B010
         self.optimizer.step()
         for name, parameter in self._masters.items():
             parameter.grad = self._locals[name].grad = None
+
+    def _fused_optimizer(self) -> Optimizer:
+        """The one that computes, whatever stands around it."""
+        return self.optimizer
 
     def named_state(self) -> Iterator[StateSlice]:
         for name, parameter in self._masters.items():

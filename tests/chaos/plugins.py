@@ -83,6 +83,19 @@ class PoisonAt(Callback):
                     piece.tensor.fill_(float("nan"))
 
 
+class SpoilGradients(Callback):
+    """Writes NaN into one rank's gradients at a step: once, or whenever it is attempted."""
+
+    def __init__(self, step: int, rank: int, always: bool = False, steps: int = 1) -> None:
+        self.steps = range(step, step + steps)
+        self.rank, self.always, self.left = rank, always, steps
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        if trainer.rank == self.rank and trainer.state.step in self.steps and (self.always or self.left):
+            self.left -= 1
+            next(iter(trainer.engine.named_gradients())).tensor.view(-1)[0] = float("nan")
+
+
 class Counter(Callback):
     """Counts steps over restarts and says what it counted; ``name`` tells two of them apart."""
 

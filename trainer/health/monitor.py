@@ -85,7 +85,10 @@ class Health:
             forget_later(self._traces, step)
 
     def enter(self, split: str, step: int) -> None:
-        """A training step (its number, the first is 1) or an evaluation after that many steps begins."""
+        """A training step (its number, the first is 1) or an evaluation after that many steps begins.
+
+        What was seen since the last :meth:`leave` is forgotten: of a step that did not commit.
+        """
         health = self.config.health
         self._split, self._step = split, step
         evaluating = split == "valid"
@@ -94,6 +97,8 @@ class Health:
             self._maps = RoutingMaps(self.prepared.domains.names if evaluating else ())
         traced = health.trace_every > 0 and (evaluating or _due(step, health.trace_every))
         self._tracing = self._writer is not None and traced
+        if self._writer is not None:
+            self._writer.drop()
         if self.timer is not None:
             self.timer.begin()
 

@@ -82,6 +82,10 @@ class TraceWriter:
         experts = torch.stack([stats.expert_BSK.to(small) for stats in moe])
         self._parts.append((sample_ids, experts))
 
+    def drop(self) -> None:
+        """Forget what was kept since the last save."""
+        self._parts = []
+
     def save(self, split: str, step: int, layers: Sequence[int]) -> None:
         """Hand what was kept over to the thread; returns before it is on the disk."""
         self._raise()

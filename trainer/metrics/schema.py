@@ -223,6 +223,7 @@ EVENTS: dict[str, dict[str, str]] = {
         "since": "step at which the trouble of the message was found",
         "evidence": "a dict a layer of the message: `layer`, `experts` and numbers",
         "remedy": "what to change in the config",
+        "action": "of the guard: `redone` or `stepped over`; with `value` (the loss), `threshold`, `rank`, `host`",
     },
     "cure": {
         "kind": "policy that acted",
@@ -249,7 +250,7 @@ EVENTS: dict[str, dict[str, str]] = {
 _OPTIONAL_FIELDS = {
     "evaluation": {"seconds"},
     "start": {"wandb_id"},
-    "alarm": {"state", "layers", "since", "evidence", "remedy"},
+    "alarm": {"state", "layers", "since", "evidence", "remedy", "action"},
 }
 
 _BY_NAME = {metric.name: metric for metric in (*_AXES, *METRICS)}

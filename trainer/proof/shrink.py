@@ -24,6 +24,7 @@ from trainer.config import (
     parallel_dims,
 )
 from trainer.config_moe import CureConfig, RouterName
+from trainer.config_survival import GuardConfig
 
 STEPS = 3
 """Optimizer steps of a proof; the run is stopped and resumed before the last one."""
@@ -73,6 +74,7 @@ def shrink(asked: RunConfig, device: Device, recorder: CallbackConfig) -> tuple[
     c.resilience.collective_timeout_seconds = 60.0
     c.resilience.max_restarts = 0
     c.resilience.check_exchanges = True
+    c.guard = GuardConfig()  # a step that is not finite must show
     c.cure = CureConfig()  # what is proven is the layout; a cure would change the model midway
     c.callbacks = [recorder]
     return c, changes(asked, c)

@@ -1,0 +1,1 @@
+"""Guards: what keeps a bad step from being committed."""
