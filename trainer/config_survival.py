@@ -12,6 +12,8 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are never removed; 0: none."""
+    max_failed_saves: int = 3
+    """Saves in a row that may fail before the run stops; 1: it stops at the first one."""
     load_from: str | None = None
     """A run or checkpoint directory to start from when this run has no checkpoint of its own."""
     load_weights_only: bool = False

@@ -19,6 +19,7 @@ from parallel.errors import ConfigError
 from trainer.callbacks import Callback
 from trainer.checkpoint.digest import combine, weights_digest
 from trainer.checkpoint.durable import DurableCheckpointer
+from trainer.checkpoint.failed import FailedSaves
 from trainer.checkpoint.resume import Checkpoint
 from trainer.config import RunConfig
 from trainer.cure.cure import Cure
@@ -57,6 +58,7 @@ class Trainer:
     Attributes:
         control: a gloo group over all ranks, for small facts (not tensors of the model).
         valid: this rank's held-out batches.
+        failed_saves: what the ranks have agreed on about saves that failed.
         hardware: what tokens per second are measured against.
         cure: what is done about uneven and dead experts; None: nothing.
         guard: decides whether a step commits; None: every one does.
@@ -73,6 +75,7 @@ class Trainer:
     prepared: PreparedData
     valid: list[Batch]
     checkpoints: DurableCheckpointer
+    failed_saves: FailedSaves
     log: RunLog
     callbacks: list[Callback]
     health: Health
@@ -88,7 +91,7 @@ class Trainer:
         """Run to the last step, or until asked to stop. Returns whether the run is finished. Collective.
 
         Raises:
-            StorageError: a checkpoint could not be written.
+            StorageError: the last checkpoint could not be written, or too many before it in a row.
         """
         config, state = self.config, self.state
         self.stepper.on_gradients = self._on_gradients
@@ -114,8 +117,7 @@ class Trainer:
             self._log_saves()
             if stop and not last:
                 self.health.finish()
-                self.checkpoints.wait()
-                self._log_saves()
+                self._last_save()
                 self.log.event("stop", state.step, reason="asked to stop", resumable=True)
                 return False
         self._finish()
@@ -169,10 +171,17 @@ class Trainer:
 
         Args:
             best: whether to name it ``checkpoints/best``.
+
+        Raises (on every rank):
+            StorageError: ``checkpoint.max_failed_saves`` saves in a row have failed.
         """
+        since = time.perf_counter()
         self.stepper.enter("checkpoint")
-        states: list[Any] = [None] * dist.get_world_size(self.control)
-        dist.all_gather_object(states, self.loader.state_dict(), group=self.control)
+        told: list[Any] = [None] * dist.get_world_size(self.control)
+        mine = (self.loader.state_dict(), self.failed_saves.own())
+        dist.all_gather_object(told, mine, group=self.control)
+        self.failed_saves.agree([failed for _, failed in told])
+        states = [loader for loader, _ in told]
         trainer_state = {
             **asdict(self.state),
             "split": split_of(self.config, self.dims),
@@ -189,7 +198,8 @@ class Trainer:
         if self.stepper.device.type == "cuda":
             rank_tensors["cuda_rng"] = torch.cuda.get_rng_state()
         info = {"parallel": str(self.dims), "torch": torch.__version__, "name": self.config.run.name}
-        self.checkpoints.save(self.state.step, self.engine.named_state(), trainer_state, rank_tensors, info)
+        slices = self.engine.named_state()
+        self.checkpoints.save(self.state.step, slices, trainer_state, rank_tensors, info, since)
         if best:
             self.checkpoints.mark_best(self.state.step)
 
@@ -295,7 +305,7 @@ class Trainer:
         self._since_log.clear()
 
     def _log_saves(self) -> None:
-        """Log the saves that were committed meanwhile; raise what went wrong with one."""
+        """Log the saves that were committed meanwhile, and one that failed."""
         for done in self.checkpoints.poll():
             self.log.event(
                 "checkpoint",
@@ -305,11 +315,16 @@ class Trainer:
                 stall_seconds=done.seconds_stalled,
                 write_seconds=done.seconds_written,
             )
-        self.checkpoints.raise_if_failed()
+        self.failed_saves.report()
+
+    def _last_save(self) -> None:
+        """Wait for a save that no other will follow: if it fails, that is an error at once."""
+        self.checkpoints.join()
+        self._log_saves()
+        self.checkpoints.wait()
 
     def _finish(self) -> None:
-        self.checkpoints.wait()
-        self._log_saves()
+        self._last_save()
         self.health.finish()
         for callback in self.callbacks:
             callback.on_finish(self)

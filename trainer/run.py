@@ -31,6 +31,7 @@ from trainer.build import (
     torch_dtype,
 )
 from trainer.checkpoint.durable import DurableCheckpointer, check_room, check_writable, remove_stale
+from trainer.checkpoint.failed import FailedSaves
 from trainer.checkpoint.files import storage_error, write_durably
 from trainer.checkpoint.resume import Checkpoint, newest_valid, open_checkpoint
 from trainer.config import Device, RunConfig, parallel_dims
@@ -96,9 +97,12 @@ def run_worker(config: RunConfig, run_dir: Path, place: Place, stop: StopSignal)
         gc.freeze()  # modules stay: no later collection need go through them
         gc.enable()
     try:
-        return trainer.train()
-    finally:
-        trainer.log.close()
+        finished = trainer.train()
+    except BaseException:
+        trainer.log.close(complain=False)
+        raise
+    trainer.log.close()
+    return finished
 
 
 def join_ranks(config: RunConfig, place: Place) -> tuple[torch.device, dist.ProcessGroup]:
@@ -164,6 +168,15 @@ def _build_trainer(
     dp_rank = dims.dp_rank(place.rank)
     log = RunLog(run_dir, config, _plain(config), active=place.rank == 0, terminal=not place.agent)
     stepper = Stepper(engine, config, device, stop.requested, check)
+    checkpoints = DurableCheckpointer(
+        directory,
+        place.rank,
+        place.world_size,
+        str(place.generation),
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_every,
+        _SAVE_TIMEOUT_SECONDS,
+    )
     trainer = Trainer(
         config=config,
         dims=dims,
@@ -174,15 +187,8 @@ def _build_trainer(
         loader=build_loader(prepared, config, dp_rank, dims.dp),
         prepared=prepared,
         valid=list(valid_batches(prepared, config, dp_rank, dims.dp)) if config.eval.every else [],
-        checkpoints=DurableCheckpointer(
-            directory,
-            place.rank,
-            place.world_size,
-            str(place.generation),
-            config.checkpoint.keep_last,
-            config.checkpoint.keep_every,
-            _SAVE_TIMEOUT_SECONDS,
-        ),
+        checkpoints=checkpoints,
+        failed_saves=FailedSaves(checkpoints, config.checkpoint.max_failed_saves, log),
         log=log,
         callbacks=build_callbacks(config),
         health=Health(config, place.rank, place.world_size, run_dir, prepared, device, log, timer),

@@ -5,22 +5,23 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.files import storage_error
 from trainer.config import RunConfig, Terminal
 from trainer.metrics.goodput import GoodputMeter
-from trainer.metrics.jsonl import (
-    JsonlWriter,
-    encode,
-    events_writer,
-    metrics_writer,
-    read_events,
-    read_metrics,
+from trainer.metrics.jsonl import read_events, read_metrics
+from trainer.metrics.patient import PatientWriter
+from trainer.metrics.schema import (
+    EVENTS_FILE,
+    HEALTH_FILE,
+    METRICS_FILE,
+    check_event,
+    check_record,
+    interrupts,
 )
-from trainer.metrics.schema import EVENTS_FILE, HEALTH_FILE, METRICS_FILE
 from trainer.metrics.terminal import TerminalView
 from trainer.metrics.wandb_sink import WandbSink
 
@@ -51,9 +52,10 @@ class RunLog:
         self._step = 0
         if not active:
             return
-        self._metrics = metrics_writer(run_dir)
-        self._events = events_writer(run_dir)
-        self._health: JsonlWriter | None = None
+        self._metrics = self._patient(METRICS_FILE, check_record)
+        self._events = self._patient(EVENTS_FILE, check_event)
+        self._health: PatientWriter | None = None
+        self._full = False
         self._view: TerminalView | None = None
         self._wandb: WandbSink | None = None
         self._early: list[tuple[str, str]] = []
@@ -75,6 +77,22 @@ class RunLog:
             on_alarm=self._alarm,
         )
 
+    def _patient(self, name: str, check: Callable[[Mapping[str, Any]], None] | None) -> PatientWriter:
+        return PatientWriter(self.run_dir / name, check, self._refused, self._relieved)
+
+    def _refused(self, path: Path, reason: str) -> None:
+        if not self._full:  # the files are on one disk: said once
+            self._full = True
+            self._alarm("log_storage", f"{path} cannot be written: {reason}; its lines wait in memory")
+
+    def _relieved(self, path: Path, num_lines: int) -> None:
+        if self._full and all(writer.flush() for writer in self._writers()):
+            self._full = False
+            self._alarm("log_storage", f"{path} is written again; {num_lines} lines had waited")
+
+    def _writers(self) -> list[PatientWriter]:
+        return [writer for writer in (self._events, self._metrics, self._health) if writer is not None]
+
     def _alarm(self, kind: str, message: str) -> None:
         if self._meter is None:
             self._early.append((kind, message))  # written once this generation's `start` is
@@ -90,7 +108,7 @@ class RunLog:
         try:
             self._metrics.truncate_after(step)
             if (self.run_dir / HEALTH_FILE).exists():
-                self._health = JsonlWriter(self.run_dir / HEALTH_FILE)
+                self._health = self._patient(HEALTH_FILE, None)
                 self._health.truncate_after(step)
         except OSError as error:
             raise storage_error(error, self._metrics.path, 0, field="run.root") from error
@@ -99,6 +117,8 @@ class RunLog:
             self.event("restart", step, **restart)
         if resume is not None:
             self.event("resume", step, **resume)
+        if self._events.num_waiting:  # a generation that cannot say that it began should not
+            raise self._events.error()
         # Only now are the files as the meter wants them.
         self._meter = GoodputMeter(
             read_events(self.run_dir / EVENTS_FILE), read_metrics(self.run_dir / METRICS_FILE)
@@ -114,7 +134,7 @@ class RunLog:
         if not since or any(event["event"] in ("stop", "finish") for event in since):
             return None
         records = read_metrics(self.run_dir / METRICS_FILE)
-        died = next((event["time"] for event in since if event["event"] == "failure"), None)
+        died = next((event["time"] for event in reversed(since) if interrupts(event)), None)
         if died is None:  # nobody watched: it was last seen when it last wrote
             died = max(entry["time"] for entry in (since[-1], *records[-1:]))
         last = max((record["step"] for record in records), default=0)
@@ -125,11 +145,11 @@ class RunLog:
         }
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        """Write one event to every sink. Raises StorageError if the disk does not take it."""
+        """Write one event to every sink. Raises StorageError if too much waits for the disk already."""
         if not self.active:
             return
         record = {"time": time.time(), "step": step, "event": event, **fields}
-        _write(self._events, record)
+        self._events.write(record)
         if self._meter is not None:
             self._meter.event(record)
         if self._view is not None:
@@ -138,7 +158,7 @@ class RunLog:
             self._wandb.event(record)
 
     def metrics(self, record: dict[str, Any], step_seconds: float) -> None:
-        """Write one logged step. Raises StorageError if the disk does not take it.
+        """Write one logged step. Raises StorageError if too much waits for the disk already.
 
         Args:
             step_seconds: wall time of the steps since the last one.
@@ -150,19 +170,19 @@ class RunLog:
         self._meter.steps(step_seconds)
         now = time.time()
         record = {**record, "time": now, **self._meter.metrics(now)}
-        _write(self._metrics, record)
+        self._metrics.write(record)
         if self._view is not None:
             self._view.metrics(record)
         if self._wandb is not None:
             self._wandb.metrics(record)
 
     def health(self, record: dict[str, Any]) -> None:
-        """Write one record of the routing's health. Raises StorageError if the disk does not take it."""
+        """Write one record of the routing's health. Raises StorageError if too much waits for the disk."""
         if not self.active:
             return
         if self._health is None:
-            self._health = JsonlWriter(self.run_dir / HEALTH_FILE)
-        _write(self._health, record)
+            self._health = self._patient(HEALTH_FILE, None)
+        self._health.write(record)
 
     def goodput(self) -> float:
         """So far, 0 to 1."""
@@ -174,24 +194,28 @@ class RunLog:
         first = next((event["time"] for event in events if event["event"] == "start"), time.time())
         return time.time() - first
 
-    def close(self) -> None:
-        """Flush and end every sink of this generation."""
+    def close(self, complain: bool = True) -> None:
+        """Flush and end every sink of this generation.
+
+        Args:
+            complain: raise for lines that could not be written; without, another error is on its way.
+
+        Raises:
+            StorageError: lines are lost.
+        """
         if not self.active:
             return
         if self._view is not None:
             self._view.close()
         if self._wandb is not None:
             self._wandb.close()
-        for writer in (self._metrics, self._events, self._health):
-            if writer is not None:
-                writer.close()
-
-
-def _write(writer: JsonlWriter, record: Mapping[str, Any]) -> None:
-    try:
-        writer.write(record)
-    except OSError as error:
-        raise storage_error(error, writer.path, len(encode(record)), field="run.root") from error
+        for writer in self._writers():
+            writer.flush()
+        for writer in self._writers():
+            writer.close()
+        lost = next((writer for writer in self._writers() if writer.num_waiting), None)
+        if complain and lost is not None:
+            raise lost.error()
 
 
 def _wandb_id(config: RunConfig, events: Sequence[Mapping[str, Any]]) -> str:

@@ -21,6 +21,13 @@ def check_survival(config: RunConfig) -> None:
     ):
         require(value >= 0, path, value, "must not be negative", f"{path}=0")
     require(
+        checkpoint.max_failed_saves >= 1,
+        "checkpoint.max_failed_saves",
+        checkpoint.max_failed_saves,
+        "the run stops at this many failed saves in a row, so it must be at least 1",
+        "checkpoint.max_failed_saves=1",
+    )
+    require(
         checkpoint.keep_last >= 1,
         "checkpoint.keep_last",
         checkpoint.keep_last,

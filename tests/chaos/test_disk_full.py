@@ -50,17 +50,20 @@ def test_no_room_for_one_checkpoint_is_said_before_training(workplace: Workplace
 def test_a_disk_that_fills_up_costs_no_checkpoint(workplace: Workplace, calm: Workplace, mount: Path) -> None:
     mount_tmpfs(mount, "8m")
     run_dir, ballast = mount / "e2e" / "a", mount / "ballast"
-    filling = {"ballast": str(ballast)}
-    room_for_logs = entry("FillDisk", step=6, leave=CHECKPOINT_BYTES // 2, committed=4, **filling)
-    root = f"run.root={mount}"
+    filling = {"ballast": str(ballast), "committed": 4}
+    room_for_logs = entry("FillDisk", step=6, leave=CHECKPOINT_BYTES // 2, **filling)
 
-    output = workplace.train(*RUN, root, f"callbacks=[{room_for_logs}]", expect=2)
+    # The save of step 8 fails and training goes on; that of the last step must not.
+    output = workplace.train(*RUN, f"run.root={mount}", f"callbacks=[{room_for_logs}]", expect=2)
     assert_one_error(output, f"checkpoint={run_dir}/checkpoints", "the disk is full", "bytes free")
-    needed, free = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes (?:needed|free)", output))
+    needed, free = (
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes (?:needed|free)", output)[:2]
+    )
     assert needed > free
     assert checkpoints_of(run_dir) == ["step-00000004"]
     assert_still_valid(run_dir, 4)
-    assert not workplace.events("failure", run_dir), "what no restart can mend is not restarted"
+    assert storage_failures(workplace, run_dir) == [8, 12]
+    assert not workplace.events("restart", run_dir), "what no restart can mend is not restarted"
     assert_nothing_left(workplace)
 
     fill(ballast, 0)
@@ -68,18 +71,29 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(workplace: Workplace, calm: Wo
     assert_one_error(output, str(run_dir), "cannot be written: No space left on device")
     assert_still_valid(run_dir, 4)
 
+    # No room for a line of a log; it comes back before the end.
     ballast.unlink()
-    no_room = entry("FillDisk", step=10, leave=0, committed=8, **filling)
-    output = workplace.resume(f"callbacks=[{no_room}]", run_dir=run_dir, expect=2)
-    assert_one_error(output, str(run_dir), "the disk is full", "bytes needed, 0 bytes free")
-    assert_still_valid(run_dir, 8)
-    assert not workplace.events("failure", run_dir)
-    assert_nothing_left(workplace)
-
-    ballast.unlink()
-    workplace.resume("callbacks=[]", run_dir=run_dir)
+    for_a_while = entry("FillDisk", step=6, leave=0, free_at=10, **filling)
+    workplace.resume(f"callbacks=[{for_a_while}]", run_dir=run_dir)
+    assert storage_failures(workplace, run_dir) == [8, 12, 8]
+    began = workplace.events("start", run_dir)[-1]["time"]
+    alarms = [event for event in workplace.events("alarm", run_dir) if event["time"] > began]
+    assert {event["kind"] for event in alarms} == {"log_storage"}
+    assert "lines wait in memory" in alarms[0]["message"] and "is written again" in alarms[-1]["message"]
+    assert checkpoints_of(run_dir) == ["step-00000004", "step-00000012"]
     assert workplace.digest(run_dir) == calm.digest()
     assert workplace.losses(run_dir) == calm.losses()
+    assert_nothing_left(workplace)
+
+
+def storage_failures(workplace: Workplace, run_dir: Path) -> list[int]:
+    """Steps of the saves that failed; each event says where, why and since when."""
+    failures = workplace.events("failure", run_dir)
+    for event in failures:
+        assert event["kind"] == "storage" and event["rank"] in (0, 1) and event["host"], event
+        assert "the disk is full" in event["cause"] and event["path"].startswith(str(run_dir))
+        assert event["began"] <= event["time"]
+    return [event["step"] for event in failures]
 
 
 def assert_still_valid(run_dir: Path, step: int) -> None:

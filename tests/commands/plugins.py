@@ -50,16 +50,24 @@ class SignalAgent(Callback):
 
 
 class FillDisk(Callback):
-    """Rank 0 fills the run's disk up to ``leave`` bytes, in the step after ``step`` ones."""
+    """Rank 0 fills the run's disk up to ``leave`` bytes, in the step after ``step`` ones.
 
-    def __init__(self, step: int, leave: int, ballast: str, committed: int) -> None:
+    With ``free_at`` it makes room again in the step after so many, when a save has failed meanwhile.
+    """
+
+    def __init__(self, step: int, leave: int, ballast: str, committed: int, free_at: int = -1) -> None:
         self.at, self.leave, self.ballast, self.committed = step, leave, Path(ballast), committed
+        self.free_at = free_at
 
     def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
-        if trainer.rank or trainer.state.step != self.at:
+        if trainer.rank:
             return
-        wait_until(lambda: trainer.checkpoints.committed(self.committed), "the first checkpoint")
-        fill(self.ballast, self.leave)
+        if trainer.state.step == self.at:
+            wait_until(lambda: trainer.checkpoints.committed(self.committed), "the first checkpoint")
+            fill(self.ballast, self.leave)
+        if trainer.state.step == self.free_at:
+            wait_until(lambda: trainer.checkpoints.error is not None, "a save that fails")
+            self.ballast.unlink()
 
 
 def fill(ballast: Path, leave: int) -> None:

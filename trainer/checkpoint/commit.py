@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -135,12 +136,14 @@ def collect(attempt: Attempt, world_size: int, timeout_seconds: float) -> list[P
 
     if not _poll(arrived, timeout_seconds):
         missing = sorted(set(range(world_size)) - parts.keys())
-        raise StorageError(
+        late = StorageError(
             "checkpoint",
             attempt.final,
             f"after {timeout_seconds:g} s nothing was written by rank(s) {', '.join(map(str, missing))}",
             "see those ranks' logs; check that every node mounts the same run.root",
         )
+        late.rank, late.host = missing[0], "unknown"
+        raise late
     return [parts[rank] for rank in range(world_size)]
 
 
@@ -246,7 +249,10 @@ def abandon(attempt: Attempt, rank: int, world_size: int, error: Exception) -> N
     relation = error.relation if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
     fix = error.fix if isinstance(error, StorageError) else "see that rank's log"
     value = str(error.value) if isinstance(error, StorageError) else str(attempt.final)
-    note = json.dumps({"value": value, "relation": relation, "fix": fix}).encode()
+    where = {"rank": rank, "host": socket.gethostname()}
+    if isinstance(error, StorageError) and error.rank is not None:
+        where = {"rank": error.rank, "host": error.host or "unknown"}
+    note = json.dumps({"value": value, "relation": relation, "fix": fix, **where}).encode()
     if rank == 0:
         # On a full disk there is room for the note only after the removal.
         noted = world_size == 1 or _try_write(attempt.failed, note)
@@ -280,7 +286,9 @@ def raise_if_failed(attempt: Attempt) -> None:
 
 def _told(note: Path, who: str) -> StorageError:
     body = json.loads(note.read_bytes())
-    return StorageError("checkpoint", body["value"], f"{who} gave up: {body['relation']}", body["fix"])
+    told = StorageError("checkpoint", body["value"], f"{who} gave up: {body['relation']}", body["fix"])
+    told.rank, told.host = body["rank"], body["host"]
+    return told
 
 
 def _kind(entry: TensorEntry) -> str:

@@ -3,7 +3,8 @@
     training thread    save: copy owned slices to host memory ─┐ returns
     writer thread                                              └ write shard → commit → best → retention
 
-At most one save is in flight; the next one waits for it and raises what went wrong with it.
+At most one save is in flight; the next one waits for it and raises what went wrong with it, unless that was
+taken before (:mod:`trainer.checkpoint.failed`).
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ class DurableCheckpointer:
 
     Every rank calls ``save`` for the same steps in the same order; no collective is issued.
 
+    Attributes:
+        newest_step, newest_began: step and unix time of the newest save that was begun.
+
     Args:
         directory: the same path, on the same file system, for every rank.
         rank, world_size: of this process.
@@ -110,6 +114,7 @@ class DurableCheckpointer:
         self.timeout_seconds = timeout_seconds
         self._buffers = HostBuffers()
         self._num_saves = 0
+        self.newest_step, self.newest_began = 0, time.time()
         self._writer: threading.Thread | None = None
         self._in_flight: int | None = None
         self._error: Exception | None = None
@@ -125,6 +130,7 @@ class DurableCheckpointer:
         trainer_state: dict[str, Any],
         rank_tensors: dict[str, Tensor],
         info: dict[str, Any],
+        since: float | None = None,
     ) -> None:
         """Begin to save a step; returns as soon as the state may change again.
 
@@ -134,18 +140,20 @@ class DurableCheckpointer:
             trainer_state: JSON values; rank 0's are stored.
             rank_tensors: this rank's own tensors (RNG state), on any device.
             info: JSON values for people to read (layout, versions); rank 0's are stored.
+            since: ``time.perf_counter()`` since when training has waited for this save; None: from now on.
 
         Raises:
             StorageError: the save before this one failed; this one was not begun.
         """
-        began = time.perf_counter()
+        began = time.perf_counter() if since is None else since
         self.wait()
+        self.newest_began = time.time()
         self._num_saves += 1
         attempt = Attempt(self.directory, step, f"{self.attempt}-{self._num_saves}")
         # Through JSON text: later changes of the caller's dicts must not reach the manifest.
         texts = json.loads(json.dumps([trainer_state, info]))
         staged = stage(self.rank, slices, rank_tensors, self._buffers)
-        self._in_flight = step
+        self._in_flight = self.newest_step = step
         self._writer = threading.Thread(
             target=self._write,
             args=(attempt, staged, texts[0], texts[1], time.perf_counter() - began),
@@ -160,21 +168,28 @@ class DurableCheckpointer:
         Raises:
             StorageError: it failed, on this rank or on one that it depends on; raised once.
         """
+        self.join()
+        error = self.take_error()
+        if error is not None:
+            raise error
+
+    def join(self) -> None:
+        """Wait until no save is in flight, whatever became of it."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        self.raise_if_failed()
 
-    def raise_if_failed(self) -> None:
-        """Do not wait, but raise what went wrong with a save that has ended.
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong with a save that has ended; None: nothing, or it was taken."""
+        with self._lock:
+            return self._error
 
-        Raises:
-            StorageError: it failed; raised once.
-        """
+    def take_error(self) -> Exception | None:
+        """The same, and forget it: nobody is told of it again."""
         with self._lock:
             error, self._error = self._error, None
-        if error is not None:
-            raise error
+        return error
 
     def poll(self) -> list[SaveResult]:
         """Saves committed since the last call, oldest first."""

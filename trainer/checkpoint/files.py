@@ -14,7 +14,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StorageError(ConfigError):
-    """A checkpoint or a file beside it could not be stored; what was committed before is untouched."""
+    """A checkpoint or a file beside it could not be stored; what was committed before is untouched.
+
+    Attributes:
+        rank, host: where it happened, if that was another process; None: here.
+    """
+
+    rank: int | None = None
+    host: str | None = None
 
 
 def storage_error(error: OSError, path: Path, bytes_needed: int, field: str = "checkpoint") -> StorageError:

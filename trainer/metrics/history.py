@@ -13,7 +13,15 @@ from parallel.errors import ConfigError
 from trainer.metrics.goodput import Account, account
 from trainer.metrics.health import read_health
 from trainer.metrics.jsonl import read_events, read_metrics
-from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE, Record, as_float, load_layer, load_name
+from trainer.metrics.schema import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    Record,
+    as_float,
+    interrupts,
+    load_layer,
+    load_name,
+)
 
 Array = NDArray[np.float64]
 
@@ -66,7 +74,9 @@ class History:
     @property
     def state(self) -> str:
         """``finished``, ``stopped``, ``failed`` or ``running``, as far as the last event tells."""
-        last = self.last("start", "restart", "failure", "stop", "finish").get("event")
+        marks = self.all("start", "restart", "rollback", "failure", "stop", "finish")
+        marks = [event for event in marks if event["event"] != "failure" or interrupts(event)]
+        last = marks[-1]["event"] if marks else None
         return {"finish": "finished", "stop": "stopped", "failure": "failed"}.get(str(last), "running")
 
     @property

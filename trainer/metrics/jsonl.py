@@ -98,7 +98,8 @@ class JsonlWriter:
     def truncate_after(self, step: int) -> int:
         """Drop the records of later steps, which a resume at ``step`` will compute again.
 
-        The file is rewritten aside and renamed, so that a reader sees the old or the new one.
+        The file is rewritten aside and renamed, so that a reader sees the old or the new one; on a disk that
+        is too full for that, it is cut where all of them come last.
 
         Returns:
             How many records were dropped.
@@ -116,8 +117,11 @@ class JsonlWriter:
             aside.replace(self.path)
         except OSError:
             aside.unlink(missing_ok=True)
-            raise
-        self.close()
+            if lines[: len(kept)] != kept:
+                raise
+            os.ftruncate(self._fd, sum(map(len, kept)))
+            return len(lines) - len(kept)
+        os.close(self._fd)
         self._open()
         return len(lines) - len(kept)
 

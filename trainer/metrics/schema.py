@@ -208,7 +208,14 @@ EVENTS: dict[str, dict[str, str]] = {
         "best": "whether it is the lowest so far",
         "seconds": "it took",
     },
-    "failure": {"kind": "crash, hang, …", "rank": "that failed", "host": "its name", "cause": "evidence"},
+    "failure": {
+        "kind": "crash, hang, …; `storage`: a checkpoint that could not be written, training went on",
+        "rank": "that failed",
+        "host": "its name",
+        "cause": "evidence",
+        "began": "unix time at which it most likely happened; `time` is when it was noticed",
+        "path": "that could not be written (`storage`)",
+    },
     "restart": {
         "generation": "that starts",
         "restart_seconds": "from the failure until the state was loaded again",
@@ -251,6 +258,7 @@ _OPTIONAL_FIELDS = {
     "evaluation": {"seconds"},
     "start": {"wandb_id"},
     "alarm": {"state", "layers", "since", "evidence", "remedy", "action"},
+    "failure": {"began", "path"},
 }
 
 _BY_NAME = {metric.name: metric for metric in (*_AXES, *METRICS)}
@@ -283,6 +291,11 @@ def load_layer(name: str) -> int | None:
 def find(name: str) -> Metric | None:
     """The schema's entry for a key of metrics.jsonl; None for unknown and user metrics."""
     return _BY_NAME["moe/L{i}/load"] if load_layer(name) is not None else _BY_NAME.get(name)
+
+
+def interrupts(event: Mapping[str, Any]) -> bool:
+    """Whether this event is a failure that stopped training; after one of storage it goes on."""
+    return event.get("event") == "failure" and event.get("kind") != "storage"
 
 
 def check_record(record: Mapping[str, Any]) -> None:

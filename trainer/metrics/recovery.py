@@ -1,0 +1,204 @@
+"""Where the time of each recovery went: from a fault to the step that was reached before it.
+
+    fault ── detect ──▶ noticed ── restart ──▶ loading ── load ──▶ loaded ── recompute ──▶ reached again
+
+A fault that comes before that end belongs to the same recovery: the parts add up, and go on adding up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.metrics.schema import Record, interrupts, number
+
+PARTS = ("detect", "restart", "load", "recompute")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Unix seconds that went to one cause; ``straggling`` is a time of slow steps, not one without steps."""
+
+    cause: str
+    since: float
+    until: float
+
+
+@dataclass
+class _Recovery:
+    """The one under way.
+
+    Attributes:
+        kind: of its first failure.
+        began: unix time of the fault.
+        target: step reached before it.
+        mark: end of the parts so far.
+        resumed: step of the state that was loaded; None before.
+        started: when the new generation said that it began.
+        parts: seconds by name.
+        spans: not certain yet: training may turn out to go on without a restart.
+    """
+
+    kind: str
+    began: float
+    target: int
+    mark: float
+    resumed: int | None = None
+    started: float | None = None
+    num_failures: int = 0
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    spans: list[Span] = field(default_factory=list)
+
+    def go(self, part: str, until: float, cause: str = "") -> None:
+        """The time since ``mark`` went to a part."""
+        until = max(until, self.mark)
+        self.parts[part] += until - self.mark
+        self.spans.append(Span(cause or part, self.mark, until))
+        self.mark = until
+
+
+class RecoveryClock:
+    """Follows events and steps in order of their times.
+
+    Attributes:
+        spans: of all recoveries so far, without overlap, oldest first.
+        targets: step reached before each recovery in ``spans``, by the time of its fault.
+
+    Args:
+        step_seconds: of a typical step: what a failure without ``began`` is dated with.
+    """
+
+    def __init__(self, step_seconds: float = 0.0) -> None:
+        self.spans: list[Span] = []
+        self.targets: dict[float, int] = {}
+        self._step_seconds = step_seconds
+        self._open: _Recovery | None = None
+        self._running = False
+        self._generation = 0
+        self._step, self._alive, self._floor = 0, -math.inf, -math.inf
+
+    def event(self, event: Record) -> None:
+        """Take in an event."""
+        name, now = event["event"], event["time"]
+        if name == "start":
+            if self._running and self._open is None:  # it died and nobody said so
+                self._begin("unknown", self._alive, self._step)
+            self._running, self._generation = True, int(event["generation"])
+            self._step, self._alive = 0, now
+            if self._open is not None:
+                self._open.started = now
+        elif interrupts(event):
+            self._failure(event)
+        elif name == "restart" and self._open is not None:
+            self._open.target = max(self._open.target, int(event["step"]) + int(event["lost_steps"]))
+        elif name == "rollback":
+            if self._open is None:
+                self._begin(str(event.get("reason", "rollback")), now, int(event.get("from_step", self._step)))
+            assert self._open is not None
+            self._open.target = max(self._open.target, int(event.get("from_step", 0)))
+            self._loaded(int(event["step"]), now, number(event.get("load_seconds")))
+        elif name == "resume":
+            self._loaded(int(event["step"]), now, number(event.get("load_seconds")))
+        elif name == "recovered":
+            self._reached(int(event["step"]), now)
+        elif name in ("stop", "finish"):
+            self._end(now)
+            self._running, self._floor = False, now
+
+    def step(self, step: int, now: float) -> dict[str, Any] | None:
+        """A step was completed. Returns the fields of the event ``recovered`` if that ends a recovery."""
+        found = None
+        if self._open is not None:
+            if self._open.resumed is None and self._open.started is not None:
+                self._loaded(0, self._open.started, 0.0)  # from the beginning: nothing had been saved
+            if self._open.resumed is None:  # training went on without a restart
+                self.spans += [span for span in self._open.spans if span.cause == "straggling"]
+                self._open = None
+            else:
+                found = self._reached(step, now)
+        self._step, self._alive = step, max(self._alive, now)
+        return found
+
+    def spans_until(self, now: float) -> list[Span]:
+        """The spans, with those of a recovery that is still under way."""
+        if self._open is None:
+            return self.spans
+        part = "restart" if self._open.resumed is None else "recompute"
+        return [*self.spans, *self._open.spans, Span(part, self._open.mark, max(now, self._open.mark))]
+
+    def _begin(self, kind: str, began: float, target: int) -> None:
+        began = max(began, self._floor)
+        self._open = _Recovery(kind, began, target, began)
+        self.targets[began] = target
+
+    def _failure(self, event: Record) -> None:
+        now, step = event["time"], int(event["step"])
+        guess = self._alive + self._step_seconds * max(0, step - self._step)
+        began = min(event.get("began") or guess, now)
+        if self._open is None:
+            self._begin(str(event["kind"]), began, step)
+        else:
+            self._open.go("restart" if self._open.resumed is None else "recompute", began)
+            self._open.target = max(self._open.target, step)
+        assert self._open is not None
+        self._open.num_failures += 1
+        self._open.resumed = self._open.started = None
+        self._open.go("detect", now, "straggling" if event["kind"] == "straggler" else "")
+
+    def _loaded(self, step: int, now: float, load_seconds: float) -> None:
+        self._step, self._alive = step, now
+        recovery = self._open
+        if recovery is None:
+            if load_seconds and self._floor > -math.inf:  # after a stop
+                self.spans.append(Span("load", max(self._floor, now - load_seconds), now))
+            return
+        recovery.go("restart", now - load_seconds)
+        recovery.go("load", now)
+        recovery.resumed = step
+        self.spans += recovery.spans  # certain now
+        recovery.spans = []
+        self.targets[recovery.began] = recovery.target
+        self._floor = recovery.mark
+
+    def _reached(self, step: int, now: float) -> dict[str, Any] | None:
+        recovery = self._open
+        if recovery is None or recovery.resumed is None or step < recovery.target:
+            return None
+        again = recovery.target > recovery.resumed
+        recovery.go("recompute", now)
+        if again:  # else this step was not computed before: it is useful
+            self.spans += recovery.spans
+            self._floor = recovery.mark
+        self.targets[recovery.began] = recovery.target
+        self._open = None
+        return {
+            "kind": recovery.kind,
+            "generation": self._generation,
+            "failures": recovery.num_failures,
+            **{f"{part}_seconds": seconds for part, seconds in recovery.parts.items()},
+            "seconds": now - recovery.began,
+        }
+
+    def _end(self, now: float) -> None:
+        """The run stops before it has recovered."""
+        if self._open is not None:
+            self.spans = self.spans_until(now)
+            self._open = None
+
+
+def follow(events: Sequence[Record], records: Sequence[Record], step_seconds: float) -> RecoveryClock:
+    """The clock after a run's events and logged steps."""
+    clock = RecoveryClock(step_seconds)
+    for entry in merged(events, records):
+        if "event" in entry:
+            clock.event(entry)
+        else:
+            clock.step(int(entry["step"]), entry["time"])
+    return clock
+
+
+def merged(events: Sequence[Record], records: Sequence[Record]) -> Iterable[Record]:
+    """Both in order of time; of the same time, events first: a step is logged after what it caused."""
+    return sorted([*events, *records], key=lambda entry: entry["time"])
