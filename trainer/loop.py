@@ -104,6 +104,7 @@ class Trainer:
             state.untrained_loss, _ = self.evaluate()
         while state.step < config.train.steps:
             result = self.step()
+            self.log.stepped(state.step)
             last = state.step == config.train.steps
             evaluated = config.eval.every > 0 and (last or _due(state.step, config.eval.every))
             logged = evaluated or last or _due(state.step, config.logger.every)

@@ -14,6 +14,7 @@ from trainer.config import RunConfig, Terminal
 from trainer.metrics.goodput import GoodputMeter
 from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.metrics.patient import PatientWriter
+from trainer.metrics.recovery import RecoveryClock, follow
 from trainer.metrics.schema import (
     EVENTS_FILE,
     HEALTH_FILE,
@@ -21,6 +22,7 @@ from trainer.metrics.schema import (
     check_event,
     check_record,
     interrupts,
+    number,
 )
 from trainer.metrics.terminal import TerminalView
 from trainer.metrics.wandb_sink import WandbSink
@@ -49,6 +51,7 @@ class RunLog:
         self.active = active
         self.run_dir = run_dir
         self._meter: GoodputMeter | None = None
+        self._clock: RecoveryClock | None = None
         self._step = 0
         if not active:
             return
@@ -105,6 +108,7 @@ class RunLog:
             return
         self._step = step
         restart = self._restart(step, int(start["generation"]))
+        self._clock = self._recoveries()
         try:
             self._metrics.truncate_after(step)
             if (self.run_dir / HEALTH_FILE).exists():
@@ -125,6 +129,13 @@ class RunLog:
         )
         for kind, message in self._early:
             self._alarm(kind, message)
+
+    def _recoveries(self) -> RecoveryClock:
+        """The clock at the end of the generation before, with the steps that are forgotten next."""
+        records = read_metrics(self.run_dir / METRICS_FILE)
+        seconds = [number(record.get("perf/step_seconds")) for record in records]
+        mean = sum(seconds) / len(seconds) if seconds else 0.0
+        return follow(read_events(self.run_dir / EVENTS_FILE), records, mean)
 
     def _restart(self, step: int, generation: int) -> dict[str, Any] | None:
         """If the generation before this one died: since when, and which of its steps are to be redone."""
@@ -150,12 +161,22 @@ class RunLog:
             return
         record = {"time": time.time(), "step": step, "event": event, **fields}
         self._events.write(record)
+        if self._clock is not None:
+            self._clock.event(record)
         if self._meter is not None:
             self._meter.event(record)
         if self._view is not None:
             self._view.event(record)
         if self._wandb is not None:
             self._wandb.event(record)
+
+    def stepped(self, step: int) -> None:
+        """A step was done; if it is the one that was reached before a fault, the run has recovered."""
+        if self._clock is None:
+            return
+        recovered = self._clock.step(step, time.time())
+        if recovered is not None:
+            self.event("recovered", step, **recovered)
 
     def metrics(self, record: dict[str, Any], step_seconds: float) -> None:
         """Write one logged step. Raises StorageError if too much waits for the disk already.
@@ -167,7 +188,7 @@ class RunLog:
             return
         assert self._meter is not None, "begin() comes first"
         self._step = record["step"]
-        self._meter.steps(step_seconds)
+        self._meter.steps(record["step"], step_seconds)
         now = time.time()
         record = {**record, "time": now, **self._meter.metrics(now)}
         self._metrics.write(record)

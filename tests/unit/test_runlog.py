@@ -9,6 +9,7 @@ import pytest
 
 from trainer.config import RunConfig, Terminal, WandbMode
 from trainer.metrics.jsonl import events_writer, read_events, read_metrics
+from trainer.metrics.recovery import PARTS
 from trainer.runlog import RunLog
 
 START = {
@@ -41,6 +42,7 @@ def begin(run_dir: Path, generation: int, step: int) -> RunLog:
 
 def log_steps(log: RunLog, steps: range) -> None:
     for step in steps:
+        log.stepped(step)
         log.metrics({"step": step, "tokens": 4 * step, "loss/train": 1.0, "perf/step_seconds": 0.01}, 0.01)
 
 
@@ -61,14 +63,20 @@ def test_a_generation_that_died_is_followed_by_a_restart(tmp_path: Path) -> None
             "host": "h",
             "cause": "c",
         }
-        writer.write({**failed, "time": events(tmp_path, "start")[0]["time"]})
+        died = read_metrics(tmp_path / "metrics.jsonl")[-1]["time"]
+        writer.write({**failed, "time": died})
     log = begin(tmp_path, 1, 4)
     (restart,) = events(tmp_path, "restart")
     assert (restart["generation"], restart["lost_steps"], restart["step"]) == (1, 3, 4)
-    span = events(tmp_path, "start")[1]["time"] - events(tmp_path, "start")[0]["time"]
+    span = events(tmp_path, "start")[1]["time"] - died
     assert restart["restart_seconds"] == pytest.approx(span, abs=0.05)
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    log_steps(log, range(5, 6))
+    assert events(tmp_path, "recovered") == []
+    log_steps(log, range(5, 9))
+    (recovered,) = events(tmp_path, "recovered")
+    assert (recovered["step"], recovered["kind"], recovered["generation"]) == (7, "crash", 1)
+    spent = [recovered[f"{part}_seconds"] for part in PARTS]
+    assert min(spent) >= 0 and sum(spent) == pytest.approx(recovered["seconds"])
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last["ft/lost_steps"] == 3
     assert last["ft/restart_seconds"] == restart["restart_seconds"]

@@ -1,18 +1,33 @@
 """Where the seconds of a run went, from its events and metrics alone.
 
-A run is cut at its ``start`` events into generations. In each, every second is given to exactly one cause
-(docs/metrics.md lists them); what no event explains is *other*, never silently useful.
+Every second from the first ``start`` to the last sign of life is given to exactly one cause (docs/metrics.md lists
+them). The recoveries come first (:mod:`trainer.metrics.recovery`); between them steps are useful, waits are what
+their events say, and what nothing explains is *other*, never silently useful.
 """
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from trainer.metrics.recovery import Span, follow
 from trainer.metrics.schema import Record, number
 
-CAUSES = ("useful", "startup", "checkpoint", "evaluation", "recompute", "restart", "other")
+CAUSES = (
+    *(
+        "useful",
+        "startup",
+        "checkpoint",
+        "evaluation",
+        "detect",
+        "restart",
+        "load",
+        "recompute",
+        "straggling",
+    ),
+    "other",
+)
 
 
 @dataclass
@@ -23,8 +38,11 @@ class Account:
     startup: float = 0.0
     checkpoint: float = 0.0
     evaluation: float = 0.0
-    recompute: float = 0.0
+    detect: float = 0.0
     restart: float = 0.0
+    load: float = 0.0
+    recompute: float = 0.0
+    straggling: float = 0.0
     other: float = 0.0
     stopped: float = 0.0
 
@@ -51,76 +69,14 @@ def account(events: Sequence[Record], records: Sequence[Record]) -> Account:
         events: events.jsonl in order of time.
         records: metrics.jsonl, each step once.
     """
-    total = Account()
-    generations = _generations(events, records)
-    mean_step = _mean_step(records)
-    after_failure = False
-    for index, generation in enumerate(generations):
-        following = generations[index + 1] if index + 1 < len(generations) else None
-        total.add(_generation_account(generation, following, after_failure, mean_step))
-        after_failure = generation.first("failure") is not None
-    return total
-
-
-@dataclass
-class _Generation:
-    """What happened from one start to the next; times in unix seconds."""
-
-    start: float
-    end: float
-    first_step: int
-    lost_steps: int
-    """Steps of the generation before that this one computes again."""
-    events: list[Record]
-    records: list[Record]
-
-    def first(self, *names: str) -> Record | None:
-        return next((event for event in self.events if event["event"] in names), None)
-
-    def waits(self, name: str, field: str, since: float = 0.0, until: float = math.inf) -> float:
-        """Sum of a field of the events of one kind with since < time ≤ until."""
-        return sum(
-            number(e.get(field)) for e in self.events if e["event"] == name and since < e["time"] <= until
-        )
-
-    def all_waits(self, since: float, until: float) -> float:
-        return self.waits("checkpoint", "stall_seconds", since, until) + self.waits(
-            "evaluation", "seconds", since, until
-        )
-
-
-def _generations(events: Sequence[Record], records: Sequence[Record]) -> list[_Generation]:
-    starts = [event for event in events if event["event"] == "start"]
-    if not starts:
-        return []
-    last = max(record["time"] for record in (*events, *records))
-    bounds = [*(start["time"] for start in starts), math.inf]
-    restarts = [event for event in events if event["event"] == "restart"]
-    generations, previous = [], -1
-    for index, start in enumerate(starts):
-        begin, until, generation = start["time"], bounds[index + 1], start["generation"]
-        inside = [event for event in events if begin <= event["time"] < until]
-        generations.append(
-            _Generation(
-                start=begin,
-                end=min(until, last),
-                first_step=next((int(e["step"]) for e in inside if e["event"] == "resume"), 0),
-                lost_steps=sum(
-                    int(e["lost_steps"]) for e in restarts if previous < e["generation"] <= generation
-                ),
-                events=inside,
-                records=[record for record in records if begin <= record["time"] < until],
-            )
-        )
-        previous = generation
-    return generations
+    return _Ledger(events, records).total
 
 
 class _Purse:
-    """The seconds of a generation. A cause takes at most what is left, so that the parts sum to the whole."""
+    """The seconds of a span. A cause takes at most what is left, so that the parts sum to the whole."""
 
     def __init__(self, seconds: float) -> None:
-        self.left, self.account = seconds, Account()
+        self.left, self.account = max(0.0, seconds), Account()
 
     def take(self, cause: str, seconds: float) -> None:
         seconds = min(max(seconds, 0.0), self.left)
@@ -128,51 +84,107 @@ class _Purse:
         setattr(self.account, cause, getattr(self.account, cause) + seconds)
 
 
-def _generation_account(
-    generation: _Generation, following: _Generation | None, after_failure: bool, mean_step: float
-) -> Account:
-    records, purse = generation.records, _Purse(generation.end - generation.start)
-    last_logged = records[-1]["time"] if records else generation.start
-    failure, stop = generation.first("failure"), generation.first("stop", "finish")
-    until = generation.end
-    if failure is not None:
-        until = failure["time"]
-        purse.take("restart", generation.end - until)
-    elif stop is not None and following is not None:
-        until = max(stop["time"], last_logged)
-        purse.take("stopped", generation.end - until)
-    purse.take("checkpoint", generation.waits("checkpoint", "stall_seconds"))
-    purse.take("evaluation", generation.waits("evaluation", "seconds"))
+class _Ledger:
+    """Cuts a run's time into spans and accounts for each.
 
-    step, useful = generation.first_step, 0.0
-    for record in records:
-        useful += number(record.get("perf/step_seconds")) * max(0, record["step"] - step)
-        step = record["step"]
-    purse.take("useful", useful)
-    if failure is not None and following is not None:
-        # Steps that a checkpoint kept before they were logged, and those that no checkpoint kept.
-        saved = max((e["step"] for e in generation.events if e["event"] == "checkpoint"), default=0)
-        kept = mean_step * max(0, min(following.first_step, saved) - step)
-        redone = mean_step * following.lost_steps
-        purse.take("useful", kept)
-        purse.take("recompute", redone)
-        if records:
-            unseen = until - last_logged - generation.all_waits(last_logged, until) - kept - redone
-            purse.take("restart", unseen)
-    lead = purse.left
-    if records:
-        first = records[0]
-        steps = max(0, first["step"] - generation.first_step)
-        lead = first["time"] - generation.start - number(first.get("perf/step_seconds")) * steps
-        lead -= generation.all_waits(0.0, first["time"])
-    purse.take("restart" if after_failure else "startup", lead)
-    purse.take("other", purse.left)
-    return purse.account
+    Attributes:
+        total: the account.
+        done: the highest step whose seconds were counted as useful so far.
+    """
 
+    def __init__(self, events: Sequence[Record], records: Sequence[Record]) -> None:
+        self.total, self.done = Account(), 0
+        self._events, self._records = events, records
+        starts = [event for event in events if event["event"] == "start"]
+        if not starts:
+            return
+        seconds = [number(record.get("perf/step_seconds")) for record in records]
+        self._mean_step = sum(seconds) / len(seconds) if seconds else 0.0
+        self._median_step = statistics.median(seconds) if seconds else 0.0
+        self._lead = "startup"
+        """What the time before the first step of the next span is called; empty: it follows other steps."""
+        self.done = int(starts[0]["step"])
+        self._walk(starts[0]["time"], max(entry["time"] for entry in (*events, *records)))
 
-def _mean_step(records: Sequence[Record]) -> float:
-    seconds = [number(record.get("perf/step_seconds")) for record in records]
-    return sum(seconds) / len(seconds) if seconds else 0.0
+    def _walk(self, at: float, last: float) -> None:
+        clock = follow(self._events, self._records, self._mean_step)
+        recoveries = clock.spans_until(last)
+        spans = [*recoveries, *self._stopped(recoveries)]
+        for span in sorted(spans, key=lambda span: (span.since, span.until)):
+            since, until = max(span.since, at), max(at, min(span.until, last))
+            self._running(at, since, clock.targets.get(span.since))
+            if span.cause == "straggling":
+                self._running(since, until, clock.targets.get(until), straggling=True)
+            else:
+                setattr(self.total, span.cause, getattr(self.total, span.cause) + until - since)
+                if span.cause in ("stopped", "restart"):
+                    self._lead = "startup" if span.cause == "stopped" else "restart"
+                elif span.cause == "recompute":
+                    self._lead = ""
+            at = until
+        self._running(at, last, None)
+
+    def _stopped(self, recoveries: Sequence[Span]) -> list[Span]:
+        """From each stop or finish to the next start, or to the load before that."""
+        spans, since = [], None
+        for event in self._events:
+            if event["event"] in ("stop", "finish"):
+                since = event["time"]
+            elif event["event"] == "start" and since is not None:
+                until = event["time"]
+                loads = [s.since for s in recoveries if s.cause == "load" and since <= s.since < until]
+                spans.append(Span("stopped", since, min([until, *loads])))
+                since = None
+        return spans
+
+    def _waits(self, name: str, field: str, since: float, until: float) -> float:
+        """Sum of a field of the events of one kind with since < time ≤ until."""
+        return sum(
+            number(e.get(field)) for e in self._events if e["event"] == name and since < e["time"] <= until
+        )
+
+    def _all_waits(self, since: float, until: float) -> float:
+        return self._waits("checkpoint", "stall_seconds", since, until) + self._waits(
+            "evaluation", "seconds", since, until
+        )
+
+    def _running(self, since: float, until: float, target: int | None, straggling: bool = False) -> None:
+        """Account for a span in which steps were made.
+
+        Args:
+            target: step reached at its end, if it ends with a fault.
+            straggling: what a step took beyond the median is lost.
+        """
+        if until <= since:
+            self.done = max(self.done, target or 0)
+            return
+        purse = _Purse(until - since)
+        purse.take("checkpoint", self._waits("checkpoint", "stall_seconds", since, until))
+        purse.take("evaluation", self._waits("evaluation", "seconds", since, until))
+        records = [record for record in self._records if since < record["time"] <= until]
+        first_steps = max(0, records[0]["step"] - self.done) if records else 0
+        for record in records:
+            seconds = number(record.get("perf/step_seconds"))
+            seconds = min(seconds, self._median_step) if straggling else seconds
+            purse.take("useful", seconds * max(0, record["step"] - self.done))
+            self.done = max(self.done, record["step"])
+        if target is not None and (records or not self._lead):
+            # Steps whose records the restart has dropped, and the one that the fault cut off.
+            logged = records[-1]["time"] if records else since
+            lost = self._mean_step * max(0, target - self.done)
+            purse.take("useful", lost)
+            purse.take("recompute", until - logged - self._all_waits(logged, until) - lost)
+            self.done = max(self.done, target)
+        if self._lead:
+            lead = purse.left
+            if records:
+                first = records[0]
+                lead = first["time"] - since - number(first.get("perf/step_seconds")) * first_steps
+                lead -= self._all_waits(since, first["time"])
+            purse.take(self._lead, lead)
+            self._lead = ""
+        purse.take("straggling" if straggling else "other", purse.left)
+        self.total.add(purse.account)
 
 
 class GoodputMeter:
@@ -184,24 +196,31 @@ class GoodputMeter:
     """
 
     def __init__(self, events: Sequence[Record], records: Sequence[Record]) -> None:
-        so_far = account(events, records)
-        self._useful, self._stopped = so_far.useful, so_far.stopped
+        ledger = _Ledger(events, records)
+        self._useful, self._stopped, self._done = ledger.total.useful, ledger.total.stopped, ledger.done
         self._first_start = next((event["time"] for event in events if event["event"] == "start"), None)
+        self._step = 0
         self._lost_steps, self._restart_seconds, self._stall_seconds = 0, 0.0, 0.0
         for event in events:
             self.event(event)
 
     def event(self, event: Record) -> None:
         """Count an event."""
-        if event["event"] == "restart":
+        name = event["event"]
+        if name == "restart":
             self._lost_steps += int(event["lost_steps"])
             self._restart_seconds += number(event["restart_seconds"])
-        elif event["event"] == "checkpoint":
+        elif name == "checkpoint":
             self._stall_seconds += number(event["stall_seconds"])
+        elif name in ("start", "resume", "rollback"):
+            self._step = int(event["step"])
 
-    def steps(self, seconds: float) -> None:
-        """Count the wall seconds of one or more committed steps."""
-        self._useful += seconds
+    def steps(self, step: int, seconds: float) -> None:
+        """Count the wall seconds of the steps since the last call; those done before a fault count once."""
+        number_of_steps, new = step - self._step, step - max(self._step, self._done)
+        if number_of_steps > 0 and new > 0:
+            self._useful += seconds * new / number_of_steps
+        self._step, self._done = step, max(self._done, step)
 
     def metrics(self, now: float) -> dict[str, float]:
         """The four ``ft/…`` metrics at a unix time."""

@@ -35,7 +35,8 @@ class _Recovery:
         began: unix time of the fault.
         target: step reached before it.
         mark: end of the parts so far.
-        resumed: step of the state that was loaded; None before.
+        halted: when the last step before it may have been made: ``began``; of a straggler, when it was noticed.
+        resumed: step of the state that was loaded; None before. ``before``: what it was before the newest fault.
         started: when the new generation said that it began.
         parts: seconds by name.
         spans: not certain yet: training may turn out to go on without a restart.
@@ -45,7 +46,9 @@ class _Recovery:
     began: float
     target: int
     mark: float
+    halted: float
     resumed: int | None = None
+    before: int | None = None
     started: float | None = None
     num_failures: int = 0
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
@@ -64,7 +67,7 @@ class RecoveryClock:
 
     Attributes:
         spans: of all recoveries so far, without overlap, oldest first.
-        targets: step reached before each recovery in ``spans``, by the time of its fault.
+        targets: step reached before each recovery in ``spans``, by the time after which no step was made.
 
     Args:
         step_seconds: of a typical step: what a failure without ``began`` is dated with.
@@ -95,9 +98,12 @@ class RecoveryClock:
             self._open.target = max(self._open.target, int(event["step"]) + int(event["lost_steps"]))
         elif name == "rollback":
             if self._open is None:
-                self._begin(str(event.get("reason", "rollback")), now, int(event.get("from_step", self._step)))
+                self._begin(
+                    str(event.get("reason", "rollback")), now, int(event.get("from_step", self._step))
+                )
             assert self._open is not None
-            self._open.target = max(self._open.target, int(event.get("from_step", 0)))
+            if self._open.num_failures <= 1:  # in the process itself it is known exactly
+                self._open.target = int(event.get("from_step", self._open.target))
             self._loaded(int(event["step"]), now, number(event.get("load_seconds")))
         elif name == "resume":
             self._loaded(int(event["step"]), now, number(event.get("load_seconds")))
@@ -113,10 +119,9 @@ class RecoveryClock:
         if self._open is not None:
             if self._open.resumed is None and self._open.started is not None:
                 self._loaded(0, self._open.started, 0.0)  # from the beginning: nothing had been saved
-            if self._open.resumed is None:  # training went on without a restart
-                self.spans += [span for span in self._open.spans if span.cause == "straggling"]
-                self._open = None
-            else:
+            if self._open.resumed is None:
+                self._went_on()
+            if self._open is not None:
                 found = self._reached(step, now)
         self._step, self._alive = step, max(self._alive, now)
         return found
@@ -125,13 +130,13 @@ class RecoveryClock:
         """The spans, with those of a recovery that is still under way."""
         if self._open is None:
             return self.spans
+        self.targets[self._open.halted] = self._open.target
         part = "restart" if self._open.resumed is None else "recompute"
         return [*self.spans, *self._open.spans, Span(part, self._open.mark, max(now, self._open.mark))]
 
     def _begin(self, kind: str, began: float, target: int) -> None:
         began = max(began, self._floor)
-        self._open = _Recovery(kind, began, target, began)
-        self.targets[began] = target
+        self._open = _Recovery(kind, began, target, began, began)
 
     def _failure(self, event: Record) -> None:
         now, step = event["time"], int(event["step"])
@@ -144,8 +149,21 @@ class RecoveryClock:
             self._open.target = max(self._open.target, step)
         assert self._open is not None
         self._open.num_failures += 1
-        self._open.resumed = self._open.started = None
-        self._open.go("detect", now, "straggling" if event["kind"] == "straggler" else "")
+        self._open.before, self._open.resumed, self._open.started = self._open.resumed, None, None
+        slow = event["kind"] == "straggler"
+        if slow and self._open.mark == self._open.began:
+            self._open.halted = now
+        self._open.go("detect", now, "straggling" if slow else "")
+
+    def _went_on(self) -> None:
+        """Training goes on without a restart after a failure: it was no interruption."""
+        assert self._open is not None
+        self.spans += [span for span in self._open.spans if span.cause == "straggling"]
+        self._open.spans = []
+        if self._open.before is None:
+            self._open = None
+        else:  # that recovery is still under way
+            self._open.resumed = self._open.before
 
     def _loaded(self, step: int, now: float, load_seconds: float) -> None:
         self._step, self._alive = step, now
@@ -159,7 +177,7 @@ class RecoveryClock:
         recovery.resumed = step
         self.spans += recovery.spans  # certain now
         recovery.spans = []
-        self.targets[recovery.began] = recovery.target
+        self.targets[recovery.halted] = recovery.target
         self._floor = recovery.mark
 
     def _reached(self, step: int, now: float) -> dict[str, Any] | None:
@@ -171,7 +189,6 @@ class RecoveryClock:
         if again:  # else this step was not computed before: it is useful
             self.spans += recovery.spans
             self._floor = recovery.mark
-        self.targets[recovery.began] = recovery.target
         self._open = None
         return {
             "kind": recovery.kind,
@@ -200,5 +217,5 @@ def follow(events: Sequence[Record], records: Sequence[Record], step_seconds: fl
 
 
 def merged(events: Sequence[Record], records: Sequence[Record]) -> Iterable[Record]:
-    """Both in order of time; of the same time, events first: a step is logged after what it caused."""
-    return sorted([*events, *records], key=lambda entry: entry["time"])
+    """Both in order of time; of the same time, steps first."""
+    return sorted([*records, *events], key=lambda entry: entry["time"])

@@ -15,7 +15,8 @@ from trainer.metrics.history import History
 from trainer.metrics.html import section, wide
 from trainer.metrics.map_plots import heat_maps
 from trainer.metrics.plots import Line, Marks, line_plot
-from trainer.metrics.schema import Record, as_float, find
+from trainer.metrics.recovery_report import recovery_section
+from trainer.metrics.schema import Record, as_float, find, interrupts
 from trainer.metrics.summary import best_text, failures_text
 from trainer.metrics.text import count_text, event_text, percent_text, seconds_text
 
@@ -71,7 +72,13 @@ def render(history: History) -> str:
     failures = _failures(history)
     parts.append(_plots(history, "Speed", _SPEED_PLOTS, failures))
     parts.append(_plots(history, "Optimizer", _OPTIM_PLOTS, failures))
-    parts += [_goodput(history), _sample(history), _events(history), _config(history)]
+    parts += [
+        _goodput(history),
+        recovery_section(history),
+        _sample(history),
+        _events(history),
+        _config(history),
+    ]
     css = resources.files("trainer.metrics").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -261,7 +268,8 @@ def _config(history: History) -> str:
 
 
 def _failures(history: History) -> list[tuple[float, str]]:
-    return [(as_float(event.get("step")), str(event.get("kind", ""))) for event in history.all("failure")]
+    failures = [event for event in history.all("failure") if interrupts(event)]
+    return [(as_float(event.get("step")), str(event.get("kind", ""))) for event in failures]
 
 
 def _median(history: History, name: str) -> float | None:

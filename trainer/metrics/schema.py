@@ -221,6 +221,16 @@ EVENTS: dict[str, dict[str, str]] = {
         "restart_seconds": "from the failure until the state was loaded again",
         "lost_steps": "to compute again",
     },
+    "recovered": {
+        "kind": "of the first failure",
+        "generation": "that came through",
+        "failures": "that this recovery is of; above 1: others came before its end",
+        "detect_seconds": "from the fault until it was noticed",
+        "restart_seconds": "until the state was being loaded",
+        "load_seconds": "until it was loaded",
+        "recompute_seconds": "until the step reached before the fault was done again, at least one step",
+        "seconds": "of all that",
+    },
     "stop": {"reason": "why", "resumable": "whether `muster resume` can go on"},
     "alarm": {
         "kind": "of trouble; those of the routing are in [health.md](health.md)",
@@ -334,12 +344,16 @@ events.jsonl and metrics.jsonl alone. Every second since the first `start` stand
 | startup | from the first `start`, or the `start` after a stop, to its first step |
 | checkpoint | waits for checkpoints (`stall_seconds`) |
 | evaluation | evaluations (`seconds`) |
-| recompute | steps that a failure threw away: `lost_steps` · mean step |
-| restart | from a failure (a hang: from the last step before it) to the first step after it |
+| detect | from a fault (`failure.began`; without it, the last sign of life) until it was noticed (`time`) |
+| restart | from there until the state is being loaded, and what the first step after it waits for |
+| load | `load_seconds` of `resume` |
+| recompute | from there until the step reached before the fault is done again; and what the fault cut off |
+| straggling | what steps took beyond the median while a straggler was there |
 | other | what no event explains |
 
-Goodput is useful / the sum of these. Time between a `stop` or `finish` and the next `start`, when the run
-held no machine, is listed as *stopped* and is not in the sum.
+A second fault before that step is reached again makes the same recovery longer. A failure after which training
+goes on without loading state (`storage`) is none. Goodput is useful / the sum of these. Time between a `stop` or
+`finish` and the next `start`, when the run held no machine, is listed as *stopped* and is not in the sum.
 """
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from trainer.metrics.health import episodes
 from trainer.metrics.history import History
-from trainer.metrics.schema import as_float
+from trainer.metrics.schema import as_float, interrupts
 from trainer.metrics.text import count_text, percent_text, seconds_text
 from trainer.metrics.wandb_sink import sync_hint
 
@@ -100,13 +100,17 @@ def best_text(history: History, losses: dict[str, float]) -> str | None:
 
 def failures_text(history: History) -> str:
     """How many failures there were, survived, and what they cost."""
-    failures, restarts = len(history.all("failure")), history.all("restart")
+    failures, restarts = sum(map(interrupts, history.all("failure"))), history.all("restart")
+    unsaved = len(history.all("failure")) - failures
+    kept = f"{unsaved} save{'' if unsaved == 1 else 's'} failed" if unsaved else ""
     if not failures:
-        return "none"
+        return kept or "none"
     lost = sum(int(event["lost_steps"]) for event in restarts)
     seconds = seconds_text(sum(as_float(event["restart_seconds"]) for event in restarts))
     redone = f"{lost} step{'' if lost == 1 else 's'} redone"
-    return f"{failures}, {min(failures, len(restarts))} survived: {redone}, {seconds} of restarts"
+    survived = min(failures, len(restarts) + len(history.all("rollback")))
+    said = f"{failures}, {survived} survived: {redone}, {seconds} of restarts"
+    return f"{said}; {kept}" if kept else said
 
 
 def alarms_text(history: History) -> str | None:

@@ -71,6 +71,10 @@ def event_text(event: Record) -> str:
         text = (
             f"generation {get('generation')} after {seconds}, {lost} step{'' if lost == 1 else 's'} to redo"
         )
+    elif kind == "recovered":
+        parts = ("detect", "restart", "load", "recompute")
+        spent = ", ".join(f"{part} {seconds_text(as_float(get(f'{part}_seconds')))}" for part in parts)
+        text = f"from {get('kind')} after {seconds_text(as_float(get('seconds')))}: {spent}"
     elif kind == "stop":
         text = f"{get('reason')}" + (", resumable" if get("resumable") else "")
     elif kind in ("alarm", "cure"):

@@ -41,6 +41,14 @@ def resume(time: float, step: int) -> Record:
     return event("resume", time, step, tier="durable", path=f"checkpoints/step-{step:08d}")
 
 
+def recovered(time: float, step: int, generation: int, kind: str = "crash", **parts: float) -> Record:
+    """The step reached before the fault was done again; ``parts`` in seconds."""
+    total = sum(parts.values())
+    return event(
+        "recovered", time, step, kind=kind, generation=generation, failures=1, seconds=total, **parts
+    )
+
+
 def checkpoint(time: float, step: int, stall: float) -> Record:
     """State was saved."""
     path = f"checkpoints/step-{step:08d}"

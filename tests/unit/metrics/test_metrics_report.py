@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from metrics_helpers import event, failure, finish, moe, restart, resume, start, step, write
+from metrics_helpers import event, failure, finish, moe, recovered, restart, resume, start, step, write
 
 from parallel.errors import ConfigError
 from trainer.metrics.history import History
 from trainer.metrics.plots import MAX_POINTS, Line, downsample, line_plot
+from trainer.metrics.recovery import PARTS
 from trainer.metrics.report import render, write_report
 from trainer.metrics.text import bytes_text, count_text, seconds_text
 
@@ -75,6 +76,24 @@ def test_report_of_a_moe_run(tmp_path: Path) -> None:
     # Text of the run is escaped: it is read as text, and never as a tag.
     assert "<script>alert(1)</script>" in page.text and "<script" not in text
     assert "<b>hang</b>" in page.text and "<b>hang" not in text
+
+
+def test_recoveries_by_kind_with_their_parts(tmp_path: Path) -> None:
+    parts = {f"{part}_seconds": second for part, second in zip(PARTS, (0.5, 1.0, 0.25, 0.25), strict=True)}
+    events = [start(0.0)]
+    for number in range(1, 11):
+        kind = "hang" if number == 10 else "crash"
+        slow = parts | {"detect_seconds": 5.0} if kind == "hang" else parts
+        events += [
+            failure(10.0 * number, number, kind),
+            recovered(10.0 * number + 8, number, number, kind, **slow),
+        ]
+    page = Page(render(History.load(write(tmp_path / "r", events, [step(1, 1.0)]))))
+    assert "Recovery: 10" in page.text and "Median 2.0 s, p99 6.5 s, longest 6.5 s" in page.text
+    rows = re.findall(r"(crash|hang|all)(\d+)((?:\d+\.\d s)+)", page.text)
+    assert ("crash", "9", "0.5 s1.0 s0.2 s0.2 s2.0 s2.0 s") in rows
+    assert ("hang", "1", "5.0 s1.0 s0.2 s0.2 s6.5 s6.5 s") in rows and rows[-1][:2] == ("all", "10")
+    assert "recovered" in page.text and "from hang after 6.5 s: detect 5.0 s" in page.text
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
