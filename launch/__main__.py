@@ -20,6 +20,7 @@ muster: trains dense and Mixture-of-Experts language models that survive failure
   muster resume RUN_DIR [overrides]   go on from the newest checkpoint: longer, on other ranks, or as a branch
   muster submit launcher=slurm|kubernetes [--dry-run] [overrides]   write the job and queue it
   muster verify [overrides]           prove that this layout computes what one process would: certificate.json
+  muster chaos [overrides]            train while faults strike; did it end with the same bits? verdict.json
   muster generate RUN_DIR [options]   sample from a run or a checkpoint, on as many ranks as it takes
   muster evaluate RUN_DIR [options]   its loss on held-out or other text (data=…), or lm-eval tasks (tasks=…)
   muster import HF_DIR OUT [overrides]   a Hugging Face model as a run that goes on training it
@@ -50,6 +51,7 @@ _COMMANDS = {
     "resume": ("launch.resume", "main"),
     "submit": ("launch.submit", "main"),
     "verify": ("launch.verify", "main"),
+    "chaos": ("launch.chaos.command", "main"),
     "generate": ("launch.sample", "generate"),
     "evaluate": ("launch.evaluate", "main"),
     "import": ("launch.convert", "import_"),

@@ -13,7 +13,7 @@ from launch.outcome import Outcome
 from parallel.errors import ConfigError
 
 COMMANDS = tuple(
-    "train resume submit verify generate evaluate import export report doctor completion".split()
+    "train resume submit verify chaos generate evaluate import export report doctor completion".split()
 )
 
 _BASH = """\
@@ -82,7 +82,7 @@ def complete(line: str) -> list[str]:
     if len(words) <= 1:
         return [f"{name} " for name in (*COMMANDS, "--help", "--version") if name.startswith(word)]
     command, before = words[1], words[2:]
-    if command in ("train", "submit", "verify") or (command == "resume" and before):
+    if command in ("train", "submit", "verify", "chaos") or (command == "resume" and before):
         return _overrides(before, word)
     if command == "import":
         return _overrides(before[2:], word) if len(before) > 1 else _folders(word)

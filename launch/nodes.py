@@ -47,7 +47,7 @@ def on_nodes(
         num_workers=config.launcher.nproc_per_node,
         device=config.device.value,
         fingerprint=prints,
-        asked=_flat(OmegaConf.to_container(OmegaConf.structured(asked), enum_to_str=True)),
+        asked=flat(OmegaConf.to_container(OmegaConf.structured(asked), enum_to_str=True)),
     )
     if not leads:
         return follow(config, mine, console)
@@ -100,10 +100,11 @@ def _check(config: RunConfig) -> None:
         )
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted keys."""
     if not isinstance(values, dict):
         return {prefix: values}
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found

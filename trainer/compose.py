@@ -233,6 +233,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     tokenizer, load_from = c.data.tokenizer.path, c.checkpoint.load_from
     c.data.tokenizer.path = _absolute(tokenizer) if tokenizer is not None else None
     c.checkpoint.load_from = _absolute(load_from) if load_from is not None else None
+    for name in ("schedule", "reference"):
+        path = getattr(c.chaos, name)
+        setattr(c.chaos, name, _absolute(path) if path is not None else None)
     c.health.replay = _absolute(c.health.replay) if c.health.replay is not None else None
     c.engine.ds_config = _absolute(c.engine.ds_config) if c.engine.ds_config is not None else None
     return c

@@ -17,6 +17,7 @@ from typing import Any
 
 from parallel.dims import ParallelDims, nearest
 from parallel.errors import ConfigError
+from trainer.config_chaos import ChaosConfig, ClusterConfig
 from trainer.config_launcher import LauncherConfig
 from trainer.config_moe import CureConfig, HealthConfig, LayoutConfig
 from trainer.config_survival import CheckpointConfig, GuardConfig, ResilienceConfig
@@ -325,6 +326,8 @@ class RunConfig:
     cure: CureConfig = field(default_factory=CureConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    chaos: ChaosConfig = field(default_factory=ChaosConfig)
     callbacks: list[CallbackConfig] = field(default_factory=list)
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from parallel.dims import ParallelDims
 from parallel.engines.base import Engine, StateSlice
 from parallel.errors import ConfigError
+from trainer import faults
 from trainer.callbacks import Callback
 from trainer.checkpoint.digest import combine, weights_digest
 from trainer.checkpoint.durable import DurableCheckpointer
@@ -127,6 +128,7 @@ class Trainer:
     def step(self) -> StepResult | None:
         """One optimizer step on the next samples; None: they were stepped over. Collective."""
         began = time.perf_counter()
+        faults.reach("batch", self.state.step)
         batches = self.loader.next_step()
         for callback in self.callbacks:
             callback.on_batches(self, batches)
@@ -243,6 +245,7 @@ class Trainer:
             torch.set_rng_state(rank_tensors["torch_rng"])
             if self.stepper.device.type == "cuda" and "cuda_rng" in rank_tensors:
                 torch.cuda.set_rng_state(rank_tensors["cuda_rng"])
+        faults.reach("load", self.state.step)
         return unclaimed
 
     def _load_callbacks(self, saved: list[dict[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from parallel.dims import ParallelDims
 from parallel.engines.base import Engine
 from parallel.errors import ConfigError
 from parallel.mesh import Meshes, build_meshes
+from trainer import faults
 from trainer.bits import mix64_int
 from trainer.build import (
     build_callbacks,
@@ -200,6 +201,7 @@ def _build_trainer(
     if place.rank == 0:
         check_room(directory, _checkpoint_bytes(engine))
         _keep_tokenizer(prepared.tokenizer, run_dir / "tokenizer.json")
+    faults.arm(trainer, place)
     _start(trainer, place, device)
     return trainer
 

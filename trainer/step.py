@@ -14,6 +14,7 @@ from torch import Tensor
 from parallel.engines.base import Engine
 from parallel.errors import ConfigError
 from parallel.exchange_check import ExchangeCheck
+from trainer import faults
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.models.transformer import Losses
@@ -195,12 +196,15 @@ class Stepper:
         sums = Sums()
         for index, batch in enumerate(batches):
             self.enter(f"micro-batch {index + 1} of {len(batches)}" if len(batches) > 1 else "")
+            faults.reach("forward", step)
             losses = self.forward(batch)
             loss = self.objective(losses) / num_targets
+            faults.reach("backward", step)
             self.engine.backward(loss, last=index == len(batches) - 1)
             sums.add(losses)
         self.enter("optimizer")
         self.on_gradients()
+        faults.reach("before_optimizer", step)
         grad_norm = self.engine.clip_gradients(config.optim.max_grad_norm)
         lr = learning_rate(config.optim, step, config.train.steps)
         if self.gate is None:
@@ -213,6 +217,7 @@ class Stepper:
             skip = self.gate.judge(totals, finite)
         self.engine.step(lr, skip)
         self._after_step(totals.counts_LE, skip)
+        faults.reach("after_optimizer", step)
         return StepResult(totals, grad_norm, lr, stop)
 
     def _after_step(self, counts_LE: Tensor, skip: Tensor | None) -> None:

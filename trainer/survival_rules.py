@@ -7,7 +7,7 @@ from trainer.config_survival import GuardConfig
 
 
 def check_survival(config: RunConfig) -> None:
-    """Check a resolved config's sections ``checkpoint``, ``resilience`` and ``guard``.
+    """Check a resolved config's sections ``checkpoint``, ``resilience``, ``guard`` and ``chaos``.
 
     Raises:
         ConfigError: the first rule that does not hold.
@@ -18,6 +18,7 @@ def check_survival(config: RunConfig) -> None:
         ("checkpoint.every", checkpoint.every),
         ("checkpoint.keep_every", checkpoint.keep_every),
         ("resilience.max_restarts", resilience.max_restarts),
+        ("chaos.faults", config.chaos.faults),
     ):
         require(value >= 0, path, value, "must not be negative", f"{path}=0")
     require(

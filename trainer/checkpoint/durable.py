@@ -22,6 +22,7 @@ from torch import Tensor
 
 from parallel.engines.base import StateSlice
 from parallel.errors import ConfigError
+from trainer import faults
 from trainer.checkpoint.commit import (
     Attempt,
     abandon,
@@ -254,6 +255,7 @@ class DurableCheckpointer:
     def _commit(self, attempt: Attempt, staged: Staged, trainer: dict[str, Any], info: dict[str, Any]) -> int:
         try:
             size = write_part(attempt, self.rank, staged)
+            faults.reach("save", attempt.step, path=attempt.tmp)
             if self.rank != 0:
                 await_commit(attempt, 2 * self.timeout_seconds)
                 return size

@@ -1,0 +1,1 @@
+"""``muster chaos``: train while faults strike, then compare with the run that nothing happened to."""

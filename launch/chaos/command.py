@@ -1,0 +1,256 @@
+"""``muster chaos [overrides]``: the same training twice, once in peace and once under faults; verdict.json.
+
+::
+
+    undisturbed  muster train ──────────────────────────────────▶ done ┐
+    disturbed    muster train ─✗─ … ─✗─▶ 75, 70, killed                ├─▶ verdict
+                 muster resume ─────✗─▶ …  ─────────────────────▶ done ┘
+
+The agent answers most faults by itself. Where a fault ends the command, as a preemption does, it is started again:
+by an operator or a scheduler in life, here by this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch.chaos.draw import plan
+from launch.chaos.verdict import judge, read_marks, show
+from launch.local import complete_config
+from launch.nodes import flat
+from launch.outcome import EXIT_DONE, Outcome
+from parallel.errors import ConfigError
+from trainer import overrides as grammar
+from trainer.compose import absolute_paths, compose, write_atomically
+from trainer.config import RunConfig
+from trainer.faults import FOLDER, SCHEDULE_FILE, SCHEDULE_VARIABLE
+from trainer.faults.kinds import KINDS, Fault, read_schedule, write_schedule
+from trainer.rundir import RunDirectory
+
+EXIT_NOT_SURVIVED = 1
+"""A fault was not survived, did not strike, or changed the result."""
+
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 10.0
+_TAIL_LINES = 12
+_OWN = ("run", "chaos", "cluster", "logger", "resilience")
+"""Sections in which a reference may differ: they do not touch what is computed."""
+
+
+def main(argv: list[str]) -> Outcome:
+    """Run ``muster chaos`` with these arguments.
+
+    Raises:
+        ConfigError: a mistake in the overrides or in the schedule.
+    """
+    console = Console(highlight=False)
+    asked = compose(argv)
+    config = complete_config(asked)
+    if config.launcher.nnodes != 1:
+        raise ConfigError(
+            "launcher.nnodes",
+            config.launcher.nnodes,
+            "faults are injected on this machine",
+            "launcher.nnodes=1",
+        )
+    faults = plan(config)
+    run = RunDirectory.claim(config) if config.run.resume else RunDirectory.create(config)
+    overrides = [
+        line for line in argv if grammar.parse([line])[0].key_or_group not in ("run.id", "run.resume")
+    ]
+    chaos = Chaos(config, run, faults, overrides, console)
+    try:
+        reference = chaos.reference()
+        finished = chaos.disturb()
+    finally:
+        chaos.end()
+    verdict = {"time": chaos.began, "seconds": time.time() - chaos.began, "command": argv}
+    verdict |= judge(faults, run.path / FOLDER, run.path, reference, finished)
+    verdict["commands"] = chaos.commands
+    path = run.path / "verdict.json"
+    write_atomically(path, json.dumps(verdict, indent=1) + "\n")
+    show(verdict, console)
+    console.print(f"verdict        {path}", markup=False, soft_wrap=True)
+    if verdict["bit_identical"] and verdict["survived"] == verdict["planned"]:
+        return Outcome(EXIT_DONE)
+    return Outcome(EXIT_NOT_SURVIVED, _why(verdict, chaos))
+
+
+def _why(verdict: dict[str, Any], chaos: Chaos) -> str:
+    if not verdict["finished"]:
+        return f"Not survived. The end of {chaos.log}:\n{chaos.tail()}"
+    if not verdict["bit_identical"]:
+        return f"Not identical: {verdict['first_difference']}"
+    missing = verdict["planned"] - verdict["injected"]
+    return f"Survived and identical, but {missing} of {verdict['planned']} faults never struck."
+
+
+class Chaos:
+    """The commands of one ``muster chaos``.
+
+    Args:
+        run: of the disturbed training.
+        overrides: of both trainings.
+
+    Attributes:
+        log: what the commands print.
+        commands: how often the disturbed training was started.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        faults: Sequence[Fault],
+        overrides: Sequence[str],
+        console: Console,
+    ) -> None:
+        self.config, self.run, self.faults, self._console = config, run, faults, console
+        # The rate is compressed: what is a week's failures must not pass for a run that dies again and again.
+        restarts = max(config.resilience.max_restarts, len(faults))
+        self._overrides = [*overrides, f"resilience.max_restarts={restarts}", "logger.terminal=plain"]
+        self.folder = run.path / FOLDER
+        self.log = self.folder / "commands.log"
+        self.began = time.time()
+        self.commands = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._told: set[int] = set()
+        self._keep_schedule()
+
+    def _keep_schedule(self) -> None:
+        path = self.folder / SCHEDULE_FILE
+        self.folder.mkdir(exist_ok=True)
+        if path.is_file() and read_schedule(path) != list(self.faults):
+            raise ConfigError(
+                "run.resume",
+                True,
+                f"{path} has other faults than this command",
+                "the same chaos.*, or a new run.id",
+            )
+        write_schedule(self.faults, path)
+        self._told = set(read_marks(self.folder))
+
+    def reference(self) -> Path:
+        """The directory of the undisturbed run; trains it if need be.
+
+        Raises:
+            ConfigError: it is not of this config, or cannot be trained.
+        """
+        given = self.config.chaos.reference
+        if given is not None:
+            reference = RunDirectory.open(Path(given))
+            _check_reference(reference, self.config)
+            return reference.path
+        reference = RunDirectory(self.run.path.with_name(f"{self.run.path.name}-reference"))
+        code = 0
+        if not reference.is_finished(self.config.train.steps):
+            self._say(f"undisturbed: {reference.path}")
+            code = self._run(
+                ["train", *self._overrides, f"run.id={reference.path.name}", "run.resume=true"], {}
+            )
+        if code != EXIT_DONE:
+            raise ConfigError(
+                "chaos",
+                reference.path,
+                f"the undisturbed run ended with exit code {code}:\n{self.tail()}",
+                "a config that trains",
+            )
+        return reference.path
+
+    def disturb(self) -> bool:
+        """Train under faults, to the end or to a fault that nothing answers. Returns whether it is finished."""
+        self._say(f"disturbed by {len(self.faults)} fault(s): {self.run.path}")
+        env = {SCHEDULE_VARIABLE: str(self.folder / SCHEDULE_FILE)}
+        arguments = ["train", *self._overrides, f"run.id={self.run.path.name}", "run.resume=true"]
+        while True:
+            before = set(read_marks(self.folder))
+            self.commands += 1
+            code = self._run(arguments, env)
+            if code == EXIT_DONE:
+                return True
+            struck = [self.faults[index] for index in set(read_marks(self.folder)) - before]
+            if not any(KINDS[fault.kind].ends for fault in struck):
+                return False
+            self._say(f"the command ended with {code}; started again")
+            if self.run.config_path.is_file():
+                arguments = ["resume", str(self.run.path)]
+
+    def _run(self, arguments: list[str], env: dict[str, str]) -> int:
+        """Run a command to its end, telling of faults as they strike. Its exit code."""
+        command = [sys.executable, "-m", "launch.chaos.child", str(os.getpid()), *arguments]
+        with self.log.open("ab") as output:
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C comes here, and is passed on once
+                env={**os.environ, **env},
+            )
+        while self._child.poll() is None:
+            self._tell()
+            time.sleep(_POLL_SECONDS)
+        self._tell()
+        return self._child.returncode
+
+    def _tell(self) -> None:
+        for index, mark in sorted(read_marks(self.folder).items()):
+            if index not in self._told:
+                self._told.add(index)
+                fault = self.faults[index]
+                of = f" ({fault.component})" if fault.component else ""
+                self._say(
+                    f"{len(self._told)}/{len(self.faults)}  step {mark['step'] + 1}  rank {fault.rank}  "
+                    f"{fault.kind} at {fault.point}{of}"
+                )
+
+    def _say(self, line: str) -> None:
+        self._console.print(f"chaos  {line}", markup=False, soft_wrap=True)
+
+    def tail(self) -> str:
+        """The last lines that the commands printed."""
+        with suppress(OSError):
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+        return ""
+
+    def end(self) -> None:
+        """Leave no process behind: what runs is asked to stop, then killed, and its workers with it."""
+        child = self._child
+        if child is None or child.poll() is not None:
+            return
+        child.terminate()
+        try:
+            child.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _check_reference(reference: RunDirectory, config: RunConfig) -> None:
+    if not reference.is_finished(config.train.steps):
+        raise ConfigError(
+            "chaos.reference",
+            reference.path,
+            f"has not finished {config.train.steps} steps",
+            "a finished run",
+        )
+    theirs, ours = (flat(asdict(absolute_paths(c))) for c in (reference.config(), config))
+    for key in ours:
+        if key.partition(".")[0] not in _OWN and key != "data.cache_dir" and theirs.get(key) != ours[key]:
+            raise ConfigError(
+                "chaos.reference",
+                reference.path,
+                f"was trained with {key}={theirs.get(key)}, this config has {ours[key]}",
+                "a run of the same config",
+            )
