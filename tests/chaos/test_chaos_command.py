@@ -75,7 +75,7 @@ def test_a_fault_that_nothing_guards_against_is_found_out(struck: tuple[Workplac
     output = chaos(workplace, *again, expect=1)
     found = verdict(workplace, "flipped")
     assert (found["injected"], found["survived"], found["bit_identical"]) == (1, 1, False)
-    assert "Not identical: loss/train of step 7" in output
+    assert "Not identical: loss/train of step " in output
     assert "bit-identical  NO" in output
 
 
