@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves docs clean
+.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves bench-torn docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ lint: setup ## ruff (rules and format), mypy, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-torn: setup ## kill saves at every system call, damage checkpoints everywhere, write bench/results/torn.md
+	$(BIN)/python -m bench.torn $(ARGS)
 
 bench-layouts: setup ## train every layout with the quickstart's budget, write bench/results/layouts.md (resumable)
 	$(BIN)/python -m bench.layouts $(ARGS)
