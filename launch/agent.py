@@ -32,7 +32,7 @@ _POLL_SECONDS = 0.05
 
 
 class RestartBudget:
-    """Restarts that are left: refilled by every newer committed checkpoint."""
+    """Restarts that are left: refilled by every newer step that is committed in any tier."""
 
     def __init__(self, max_restarts: int, newest_checkpoint: int | None) -> None:
         self.max_restarts, self.used = max_restarts, 0
@@ -44,6 +44,10 @@ class RestartBudget:
             self.used, self._newest = 0, newest_checkpoint
         self.used += 1
         return self.used <= self.max_restarts
+
+
+def _newest(*steps: int | None) -> int | None:
+    return max((step for step in steps if step is not None), default=None)
 
 
 class StopRequest:
@@ -90,6 +94,10 @@ class Group(Protocol):
 
     def failure(self) -> Failure | None:
         """The most likely origin of what has failed so far."""
+        ...
+
+    def committed(self) -> int | None:
+        """The newest step whose state is complete in any tier, as far as the workers have told."""
         ...
 
     def asked_to_stop(self) -> str | None:
@@ -178,7 +186,7 @@ class Agent:
                     return self._stopped(saved=False)
                 if failure.exit_code == EXIT_GAVE_UP:
                     return self._gave_up(f"over {failure.kind}: no restart would mend it", failure)
-                if not self.budget.spend(self.run_directory.newest_checkpoint()):
+                if not self.budget.spend(_newest(self.run_directory.newest_checkpoint(), group.committed())):
                     return self._gave_up(
                         f"after {self.budget.used - 1} restart(s) without a new checkpoint "
                         f"(resilience.max_restarts={self.budget.max_restarts})",
@@ -229,6 +237,7 @@ class Agent:
             exit_code=failure.exit_code,
             evidence=failure.evidence,
             log=failure.log,
+            began=failure.began,
         )
         log = f" Its log: {failure.log}" if failure.log else ""
         self._say(f"rank {failure.rank} on {failure.host} failed ({failure.kind}): {failure.cause}.{log}")

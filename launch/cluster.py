@@ -63,7 +63,9 @@ class Member:
         if status.failure is None:
             self.failure = None
         elif status.failure != self.status.failure:
-            self.failure = replace(status.failure, time=time.time() - status.failure_age)
+            happened = time.time() - status.failure_age  # by our clock
+            began = happened - (status.failure.time - status.failure.began)
+            self.failure = replace(status.failure, time=happened, began=began)
         self.status = status
 
     @property

@@ -68,6 +68,9 @@ class ClusterGroup:
                 return _lost(lost)
         return suspect
 
+    def committed(self) -> int | None:
+        return self._own.committed()
+
     def asked_to_stop(self) -> str | None:
         return self._cluster.asked_to_stop()
 
@@ -91,5 +94,6 @@ def _is_gone(member: Member) -> bool:
 def _lost(member: Member) -> Failure:
     how = "left" if member.status.left else f"has not been heard for {member.silent_seconds:.0f} s"
     rank = member.node_rank * member.hello.num_workers
-    cause = f"{member.name} {how}"
-    return Failure(rank, member.hello.host, "node-lost", cause, 1, time.time(), True, "", "")
+    cause, now = f"{member.name} {how}", time.time()
+    began = now - member.silent_seconds
+    return Failure(rank, member.hello.host, "node-lost", cause, 1, now, True, "", "", began)

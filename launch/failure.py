@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from launch.kernel import kernel_messages
+from launch.liveness import behind, last_progress, stacks
 from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_GAVE_UP, EXIT_STOPPED
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ _FALLOUT = re.compile(
     re.IGNORECASE,
 )
 _TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
+_KERNEL_SECONDS = 5.0
+"""How long before its last sign of life the kernel may have spoken of a process."""
 _PLACES = re.compile(r"Where the ranks are: .*")
 
 
@@ -37,8 +41,9 @@ class Failure:
         kind: crash, hang, config, node-lost, …
         time: unix time, by the clock of its host.
         certain: False for what may only be the fallout of another one.
-        evidence: the end of what it printed.
+        evidence: the end of what it printed; its stacks, if it hung; what the kernel said.
         log: the file with all of it.
+        began: unix time at which the fault most likely happened.
     """
 
     rank: int
@@ -50,6 +55,7 @@ class Failure:
     certain: bool
     evidence: str
     log: str
+    began: float
 
 
 def origin(failures: Iterable[Failure]) -> Failure | None:
@@ -65,21 +71,35 @@ def diagnose(workers: Sequence[Worker]) -> Failure | None:
     found = origin(failure for worker in workers if (failure := _failure_of(worker)) is not None)
     if found is not None and not found.certain:
         stopped = next((worker for worker in workers if worker.code is None and worker.is_stopped()), None)
-        if stopped is not None:
+        culprit = stopped or (behind(workers) if found.kind == "hang" else None)
+        if culprit is not None:
             places = _PLACES.search(found.cause)  # where a witness last saw everyone
-            cause = "suspended (SIGSTOP) while the others waited for it"
+            how = "suspended (SIGSTOP)" if culprit is stopped else f"stuck at {culprit.vitals()}"
+            cause = f"{how} while the others waited for it"
             cause += f". {places[0]}" if places else ""
-            return _failure(stopped, "hang", cause, 1, found.time, certain=True)
+            culprit.evidence = culprit.evidence or stacks([culprit], culprit)
+            return _failure(culprit, "hang", cause, 1, found.time, certain=True)
     return found
 
 
-def _failure(worker: Worker, kind: str, cause: str, exit_code: int, time: float, certain: bool) -> Failure:
-    host, log = socket.gethostname(), str(worker.log)
-    return Failure(worker.rank, host, kind, cause, exit_code, time, certain, worker.log_tail(), log)
+def _failure(
+    worker: Worker,
+    kind: str,
+    cause: str,
+    exit_code: int,
+    time: float,
+    certain: bool,
+) -> Failure:
+    host, log, progress = socket.gethostname(), str(worker.log), last_progress(worker)
+    began = min(time, progress) if kind == "hang" and progress is not None else time
+    evidence = worker.evidence or worker.log_tail()
+    return Failure(worker.rank, host, kind, cause, exit_code, time, certain, evidence, log, began)
 
 
 def _failure_of(worker: Worker) -> Failure | None:
     code, report = worker.code, worker.report()
+    if worker.hang is not None:
+        return _failure(worker, "hang", worker.hang.cause, 1, worker.hang.began, worker.hang.certain)
     if code in (EXIT_DONE, EXIT_STOPPED):
         return None
     if report is not None:
@@ -101,6 +121,8 @@ def _failure_of(worker: Worker) -> Failure | None:
     if code < 0:
         # It died between the last look and this one, before anyone could have suffered from it.
         cause, certain = f"killed by {signal_name(-code)}", code != -signal.SIGABRT
+        if said := kernel_messages(since=worker.seen_alive - _KERNEL_SECONDS):
+            worker.evidence = f"{said}\n{worker.log_tail()}".strip()
         if worker.is_orphaned():
             cause = "ended with the standby process that it was forked from"
         return _failure(worker, "crash", cause, code, worker.seen_alive, certain)

@@ -85,6 +85,7 @@ def worker_plan(run: RunDirectory, config: RunConfig, node_rank: int, port: int)
         env=env,
         master_addr=host,
         master_port=port,
+        heartbeat_seconds=config.resilience.heartbeat_seconds,
         first_rank=node_rank * launcher.nproc_per_node,
         world_size=launcher.nnodes * launcher.nproc_per_node,
     )

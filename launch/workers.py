@@ -16,12 +16,15 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from launch.failure import Failure, diagnose
+from launch.liveness import Hang, find_hang, stacks
 from launch.standby import ForkedProcess, Standby, StandbyLost
+from trainer.liveness import Page, Vitals, page_file
 from trainer.metrics.jsonl import decode
 
 _TAIL_BYTES = 4000
 _TAIL_LINES = 12
 _REPORT_BYTES = 1 << 16
+_LOOK_SECONDS = 0.2
 _PROGRAM = [sys.executable, "-m", "trainer"]
 
 
@@ -35,6 +38,7 @@ class Plan:
         env: variables for every worker, on top of this process's own.
         master_port: of the store that the agent hosts and that outlives generations.
         first_rank, world_size: where this node's ranks stand; by default it is the whole world.
+        heartbeat_seconds: how long a suspended worker may stay so.
         standby: forks workers of :func:`worker_command`; None: each is started as a process of its own.
     """
 
@@ -45,6 +49,7 @@ class Plan:
     master_port: int = 0
     first_rank: int = 0
     world_size: int | None = None
+    heartbeat_seconds: float = 3.0
     standby: Standby | None = None
 
     def starter(self, run_dir: Path) -> Callable[[int, bool], WorkerGroup]:
@@ -58,16 +63,32 @@ class Worker:
 
     Attributes:
         report_file: what it says about its own death, in memory: a full disk must not silence it.
+        page: where it writes its signs of life.
         seen_alive: unix time when it last was.
         code: its exit code (−signal).
+        hang: why it was ended; None: it was not, or of another cause.
+        evidence: its stacks before that.
     """
 
     rank: int
     process: subprocess.Popen[bytes] | ForkedProcess
     log: Path
     report_file: BinaryIO
+    page: Page
     seen_alive: float
     code: int | None = None
+    hang: Hang | None = None
+    evidence: str = ""
+
+    def vitals(self) -> Vitals:
+        """What it last told of itself."""
+        return self.page.read()
+
+    def kill(self) -> None:
+        """SIGKILL it, suspended or not, with its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.send_signal(signal.SIGKILL)  # it may have no group of its own yet
 
     def is_orphaned(self) -> bool:
         """Whether it ended because the standby did."""
@@ -111,6 +132,7 @@ class WorkerGroup:
         if check_exchanges:
             plan = replace(plan, env={**plan.env, "MUSTER_CHECK_EXCHANGES": "1"})
         self.workers: list[Worker] = []
+        self._heartbeat_seconds, self._looked = plan.heartbeat_seconds, time.monotonic()
         folder = run_dir / "logs" / f"generation-{generation}"
         folder.mkdir(parents=True, exist_ok=True)
         self._standby = plan.standby if plan.standby is not None and plan.standby.prepare() else None
@@ -148,7 +170,8 @@ class WorkerGroup:
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",  # a segfault leaves its stack in the log
         }
-        files = {"MUSTER_ERROR_FILE": report_file.fileno()}
+        page = page_file()
+        files = {"MUSTER_ERROR_FILE": report_file.fileno(), "MUSTER_PAGE": page}
         process: subprocess.Popen[bytes] | ForkedProcess
         with log.open("ab") as output:
             if self._standby is not None:
@@ -164,7 +187,10 @@ class WorkerGroup:
                     start_new_session=True,
                     pass_fds=list(files.values()),
                 )
-        return Worker(rank, process, log, report_file, seen_alive=time.time())
+        try:
+            return Worker(rank, process, log, report_file, Page(page), seen_alive=time.time())
+        finally:
+            os.close(page)
 
     def codes(self) -> list[int | None]:
         """Look at every worker: its exit code, None while it lives."""
@@ -174,11 +200,28 @@ class WorkerGroup:
                 worker.code = worker.process.poll()
                 if worker.code is None:
                     worker.seen_alive = now
+        self._look_for_hangs()
         return [worker.code for worker in self.workers]
+
+    def _look_for_hangs(self) -> None:
+        """End a worker that hangs, after its stacks were written; the others follow as after any death."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS or any(worker.hang for worker in self.workers):
+            return
+        self._looked = now
+        hang = find_hang(self.workers, self._heartbeat_seconds)
+        if hang is not None:
+            hang.worker.evidence = stacks(self.workers, hang.worker)
+            hang.worker.hang = hang
+            hang.worker.kill()
 
     def failure(self) -> Failure | None:
         """The most likely origin of what has failed so far."""
         return diagnose(self.workers)
+
+    def committed(self) -> int | None:
+        """The newest step whose state is complete in any tier."""
+        return max((worker.vitals().committed for worker in self.workers), default=0) or None
 
     def asked_to_stop(self) -> str | None:
         """Who beside this process wants the run to stop: nobody."""
@@ -197,9 +240,7 @@ class WorkerGroup:
     def kill(self) -> None:
         """SIGKILL every worker that lives, stopped ones too, with its children, and wait for their end."""
         for worker in self.alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.process.pid, signal.SIGKILL)
-            worker.process.send_signal(signal.SIGKILL)  # one that has no group of its own yet
+            worker.kill()
         for worker in self.workers:
             worker.code = worker.process.wait()
         if self._standby is not None:

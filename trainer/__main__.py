@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from parallel.errors import ConfigError, FatalError, NamedFailure
 from parallel.exchange_check import DesyncError, describe_places_within
+from trainer.liveness import Pulse
 from trainer.process import die_with_parent
 from trainer.resilience import StopSignal
 
@@ -45,6 +46,8 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
     gc.disable()  # else it goes through all that is imported again and again; run_worker turns it on
     stop = StopSignal()
     stop.listen()
+    pulse = Pulse.of_agent()
+    pulse.start()
     # Until it is known better, the first rank of each node speaks: to every terminal, once.
     first_to_speak = _is_first_of_node
     arrival: Arrival | None = None
@@ -60,7 +63,7 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
             _leave(0)
         from trainer.run import run_worker
 
-        finished = run_worker(arrival.config, arrival.run_dir, arrival.place, stop)
+        finished = run_worker(arrival.config, arrival.run_dir, arrival.place, stop, pulse)
     except ConfigError as error:
         _report("config", str(error), EXIT_CONFIG)
         if first_to_speak():

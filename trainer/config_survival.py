@@ -29,6 +29,12 @@ class ResilienceConfig:
     """How long workers may take to save after Ctrl-C or SIGTERM."""
     check_exchanges: bool = False
     """Before each exchange of tokens, agree on it out of band: ranks that diverge are then named, at some cost."""
+    heartbeat_seconds: float = 3.0
+    """How long a worker may be suspended (SIGSTOP) before it is replaced."""
+    step_deadline_seconds: float = 60.0
+    """What any part of a step may take at least."""
+    deadline_factor: float = 10.0
+    """Times its usual length, that a part of a step may take before its rank counts as hung."""
     standby: bool = True
     """Keep a process that has imported everything, and fork workers from it: a restart takes no start-up."""
     node_timeout_seconds: float = 30.0

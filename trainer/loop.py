@@ -118,6 +118,7 @@ class Trainer:
                 self.save(best=improved)
             self._log_saves()
             if stop and not last:
+                self.stepper.pulse.enter("finish")
                 self.health.finish()
                 self._last_save()
                 self.log.event("stop", state.step, reason="asked to stop", resumable=True)
@@ -128,8 +129,11 @@ class Trainer:
     def step(self) -> StepResult | None:
         """One optimizer step on the next samples; None: they were stepped over. Collective."""
         began = time.perf_counter()
+        pulse = self.stepper.pulse
+        pulse.enter("data", self.state.step + 1)
         faults.reach("batch", self.state.step)
         batches = self.loader.next_step()
+        pulse.enter("hooks")
         for callback in self.callbacks:
             callback.on_batches(self, batches)
         attempt = partial(self._attempt, batches)
@@ -147,11 +151,16 @@ class Trainer:
 
     def _attempt(self, batches: list[Batch]) -> StepResult:
         self.health.enter("train", self.state.step + 1)  # forgets what an attempt before this one showed it
-        return self.stepper.train_step(self.state.step, batches)
+        result = self.stepper.train_step(self.state.step, batches)
+        self.stepper.pulse.enter("hooks")
+        return result
 
     def _on_gradients(self) -> None:
+        if self.callbacks:
+            self.stepper.pulse.enter("hooks")  # they take the time that they take
         for callback in self.callbacks:
             callback.on_gradients(self)
+        self.stepper.pulse.enter("compute")
 
     def evaluate(self) -> tuple[float, bool]:
         """Held-out loss in nats a token, and whether it is the lowest so far. Collective."""
@@ -328,6 +337,7 @@ class Trainer:
         self.checkpoints.wait()
 
     def _finish(self) -> None:
+        self.stepper.pulse.enter("finish")
         self._last_save()
         self.health.finish()
         for callback in self.callbacks:

@@ -43,6 +43,7 @@ from trainer.data.tokenizer import TextTokenizer
 from trainer.guard.guard import build_guard
 from trainer.hardware import device_name, peak_flops
 from trainer.health.monitor import Health
+from trainer.liveness import Pulse
 from trainer.loop import Trainer, owned_bytes
 from trainer.metrics.step import Hardware
 from trainer.models.cost import model_cost
@@ -53,6 +54,9 @@ from trainer.step import Stepper
 
 _SAVE_TIMEOUT_SECONDS = 600.0
 _SHARED_SECONDS = 20.0
+_PATIENCE = 2.0
+"""A rank in a phase of unknown length is waited for so many times as long as in a collective: whoever waits there
+has given up by then, and has told of it."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,15 @@ class Place:
     agent: bool
 
 
-def run_worker(config: RunConfig, run_dir: Path, place: Place, stop: StopSignal) -> bool:
+def run_worker(
+    config: RunConfig, run_dir: Path, place: Place, stop: StopSignal, pulse: Pulse | None = None
+) -> bool:
     """Build everything, load the newest state, train. Returns whether the run is finished.
 
     Args:
         config: resolved and validated; the same on every rank.
         stop: asks this rank to save and leave.
+        pulse: where it says how it gets on; None: nobody asks.
 
     Raises:
         ConfigError: an input that cannot work (StorageError among them).
@@ -90,10 +97,15 @@ def run_worker(config: RunConfig, run_dir: Path, place: Place, stop: StopSignal)
     # Filling every new tensor with NaN costs time and only shows reads of memory that was never written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(mix64_int(config.train.seed + (place.rank << 32)) >> 1)
+    pulse = pulse or Pulse()
+    resilience = config.resilience
+    patience = _PATIENCE * resilience.collective_timeout_seconds
+    pulse.expect(patience, resilience.step_deadline_seconds, resilience.deadline_factor)
     device, control = join_ranks(config, place)
     dims = parallel_dims(config)
     meshes = build_meshes(dims, device.type)
     trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
+    trainer.stepper.pulse = pulse
     if not gc.isenabled():  # trainer/__main__.py: for the imports
         gc.freeze()  # modules stay: no later collection need go through them
         gc.enable()

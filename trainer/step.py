@@ -17,6 +17,7 @@ from parallel.exchange_check import ExchangeCheck
 from trainer import faults
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
+from trainer.liveness import Pulse
 from trainer.models.transformer import Losses
 from trainer.moe.replay import replaying
 from trainer.optim import learning_rate
@@ -56,6 +57,8 @@ class Totals:
 FAULTS = ("non_finite", "corrupt")
 """What a rank may find wrong in a step: a loss or norm that is not finite; state that changed by itself."""
 
+_PHASES = {"start": "agree", "evaluation": "evaluation", "checkpoint": "checkpoint", "sample": "sample"}
+"""Parts of a step by their names → phases with a patience of their own; all others compute."""
 _SCALARS = ("balance", "router_z", "entropy", "confidence", "dropped", "unserved", "sent")
 
 
@@ -163,6 +166,7 @@ class Stepper:
         on_gradients: called between the last backward of a step and clipping.
         observer: None where nobody watches.
         gate: None where every step commits.
+        pulse: told what this rank comes to.
         balance_L: coefficient of the balance loss of each MoE layer; None: as configured.
     """
 
@@ -182,6 +186,7 @@ class Stepper:
         self.on_gradients: Callable[[], None] = lambda: None
         self.observer: Observer | None = None
         self.gate: Gate | None = None
+        self.pulse = Pulse()
         self.balance_L: Sequence[float | Tensor] | None = None
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
@@ -284,6 +289,7 @@ class Stepper:
 
     def enter(self, part: str, step: int | None = None) -> None:
         """This rank comes to another part of the step (None: of the same one), for those who ask where it is."""
+        self.pulse.enter(_PHASES.get(part.partition(",")[0], "compute"), step)
         if self.check is not None:
             self.check.enter(part, step)
 

@@ -38,8 +38,23 @@ def check_survival(config: RunConfig) -> None:
     for path, seconds in (
         ("resilience.collective_timeout_seconds", resilience.collective_timeout_seconds),
         ("resilience.stop_grace_seconds", resilience.stop_grace_seconds),
+        ("resilience.step_deadline_seconds", resilience.step_deadline_seconds),
     ):
         require(seconds > 0, path, seconds, "must be above 0 seconds", f"{path}=60")
+    require(
+        resilience.heartbeat_seconds >= 1,
+        "resilience.heartbeat_seconds",
+        resilience.heartbeat_seconds,
+        "a worker beats four times a second, and may miss some on a busy machine",
+        "resilience.heartbeat_seconds=3",
+    )
+    require(
+        resilience.deadline_factor >= 2,
+        "resilience.deadline_factor",
+        resilience.deadline_factor,
+        "a part of a step may take at least twice as long as usual",
+        "resilience.deadline_factor=10",
+    )
 
 
 def _check_guard(guard: GuardConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,36 @@ class Counter(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = state["count"]
+
+
+class HangAt(Callback):
+    """Stops getting on at each given [step, rank, how], once.
+
+    ``suspend``: SIGSTOP. ``deadlock``: waits for a lock that it holds before the forward pass, while the others
+    wait for it in an exchange.
+    """
+
+    def __init__(self, folder: str, at: list[list[Any]]) -> None:
+        self.folder = Path(folder)
+        self.at = {(step, rank): how for step, rank, how in at}
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        how = self.at.get((trainer.state.step, trainer.rank))
+        if how is None:
+            return
+        self.folder.mkdir(exist_ok=True)
+        mark = self.folder / f"{how}-{trainer.state.step}-{trainer.rank}"
+        if mark.exists():
+            return
+        mark.touch()
+        if how == "suspend":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            trainer.engine.model.register_forward_pre_hook(lambda *arguments: never_get_on())
+
+
+def never_get_on() -> None:
+    """A deadlock."""
+    lock = threading.Lock()
+    with lock:
+        lock.acquire()

@@ -212,7 +212,8 @@ EVENTS: dict[str, dict[str, str]] = {
         "kind": "crash, hang, …; `storage`: a checkpoint that could not be written, training went on",
         "rank": "that failed",
         "host": "its name",
-        "cause": "evidence",
+        "cause": "why",
+        "evidence": "the end of its log, its stacks if it hung, what the kernel said",
         "began": "unix time at which it most likely happened; `time` is when it was noticed",
         "path": "that could not be written (`storage`)",
     },
@@ -268,7 +269,7 @@ _OPTIONAL_FIELDS = {
     "evaluation": {"seconds"},
     "start": {"wandb_id"},
     "alarm": {"state", "layers", "since", "evidence", "remedy", "action"},
-    "failure": {"began", "path"},
+    "failure": {"evidence", "began", "path"},
 }
 
 _BY_NAME = {metric.name: metric for metric in (*_AXES, *METRICS)}

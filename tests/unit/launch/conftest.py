@@ -35,9 +35,15 @@ def worker(tmp_path: Path) -> Callable[[str], list[str]]:
 def make_agent(run: RunDirectory) -> Callable[..., Agent]:
     """An agent over ``num_workers`` of a command; what it says is kept in ``agent.said``."""
 
-    def build(command: list[str], num_workers: int = 2, max_restarts: int = 3, grace: float = 20.0) -> Agent:
+    def build(
+        command: list[str],
+        num_workers: int = 2,
+        max_restarts: int = 3,
+        grace: float = 20.0,
+        heartbeat: float = 3.0,
+    ) -> Agent:
         said: list[str] = []
-        start = Plan(command, num_workers, env={}).starter(run.path)
+        start = Plan(command, num_workers, env={}, heartbeat_seconds=heartbeat).starter(run.path)
         agent = Agent(run, start, max_restarts, grace, say=said.append)
         agent.said = said  # type: ignore[attr-defined]
         return agent

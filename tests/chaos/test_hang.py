@@ -1,0 +1,26 @@
+"""Ranks that stop getting on are named, and replaced in seconds; the bits do not change."""
+
+from __future__ import annotations
+
+from tests.chaos.test_kill import callback
+from tests.command import CALM, Workplace
+from tests.commands.watch import assert_nothing_left
+
+
+def test_a_suspended_and_a_deadlocked_rank(workplace: Workplace, calm: Workplace) -> None:
+    hang = callback(
+        "HangAt", folder=str(workplace.path / "marks"), at=[[2, 0, "suspend"], [9, 1, "deadlock"]]
+    )
+    deadline = "resilience.step_deadline_seconds=8"
+    workplace.train(*CALM, "checkpoint.every=4", deadline, f"callbacks=[{hang}]")
+    suspended, deadlocked = workplace.events("failure")
+    assert (suspended["kind"], suspended["rank"]) == ("hang", 0)
+    assert "suspended (SIGSTOP)" in suspended["cause"] and "step 3" in suspended["cause"]
+    assert "T (stopped)" in suspended["evidence"]
+    assert (deadlocked["kind"], deadlocked["rank"]) == ("hang", 1)
+    assert "no progress" in deadlocked["cause"] and "step 10, compute" in deadlocked["cause"]
+    assert "never_get_on" in deadlocked["evidence"], "its stack"
+    assert all(failure["began"] < failure["time"] for failure in (suspended, deadlocked))
+    assert workplace.digest() == calm.digest()
+    assert workplace.losses() == calm.losses()
+    assert_nothing_left(workplace)
