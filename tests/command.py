@@ -25,6 +25,7 @@ SMALL = [
     "train.global_batch=8",
     "train.num_threads=1",
     "eval.max_rows=16",
+    "checkpoint.memory_every=0",  # a test that kills knows which checkpoint the run goes on from
     "logger.wandb.mode=disabled",
     "run.name=e2e",
     "run.id=a",

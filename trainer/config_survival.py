@@ -18,6 +18,12 @@ class CheckpointConfig:
     """A run or checkpoint directory to start from when this run has no checkpoint of its own."""
     load_weights_only: bool = False
     """Of load_from: begin at step 0 with a new optimizer and data order instead of going on."""
+    memory_every: int = -1
+    """Steps between snapshots in memory that outlives workers; -1: as many as cost 2 % of the time; 0: none."""
+    memory_slots: int = 3
+    """Snapshots that each rank keeps in memory: how far back a rollback finds one."""
+    memory_dir: str | None = None
+    """A folder of a memory mount for them, on every node; null: /dev/shm."""
 
 
 @dataclass

@@ -2,54 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel.dims import ParallelDims
-from parallel.engines.base import Engine, StateSlice
+from parallel.engines.base import Engine
 from parallel.errors import ConfigError
 from trainer import faults
 from trainer.callbacks import Callback
+from trainer.checkpoint.cadence import Cadence
 from trainer.checkpoint.digest import combine, weights_digest
 from trainer.checkpoint.durable import DurableCheckpointer
 from trainer.checkpoint.failed import FailedSaves
-from trainer.checkpoint.resume import Checkpoint
+from trainer.checkpoint.memory import MemoryTier, rank_tensors_of
+from trainer.checkpoint.timeline import Timelines
 from trainer.config import RunConfig
 from trainer.cure.cure import Cure
 from trainer.data.batch import Batch
-from trainer.data.loader import Loader, merge_states
+from trainer.data.loader import Loader
 from trainer.data.prepare import PreparedData
 from trainer.generation import sample
 from trainer.guard.guard import Guard
 from trainer.health.monitor import Health
-from trainer.layout_rules import split_of
 from trainer.metrics.step import Hardware, check_user_metrics, step_metrics
+from trainer.restoring import restore
 from trainer.runlog import RunLog
+from trainer.saving import TrainState, save_checkpoint, take_snapshot, trainer_state
 from trainer.step import Stepper, StepResult
-
-
-@dataclass
-class TrainState:
-    """What a resumed run must know beside weights, optimizer and data (all of it in every checkpoint)."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Input tokens of those steps, over all ranks."""
-    untrained_loss: float | None = None
-    """Held-out loss before the first step, nats a token."""
-    valid_loss: float | None = None
-    """Held-out loss of the newest evaluation."""
-    best_loss: float | None = None
-    best_step: int | None = None
 
 
 @dataclass
@@ -61,8 +48,15 @@ class Trainer:
         valid: this rank's held-out batches.
         failed_saves: what the ranks have agreed on about saves that failed.
         hardware: what tokens per second are measured against.
+        cadence: which steps get a snapshot in memory.
+        timelines: which of the run's states count.
         cure: what is done about uneven and dead experts; None: nothing.
         guard: decides whether a step commits; None: every one does.
+        memory: this rank's snapshots; None: off.
+        began_anew: whether no state of this run was found when it started.
+        has_begun: whether :meth:`train` was called.
+        first_state: the trainer's state and this rank's tensors before the first step, where it began anew.
+        num_restores: in this process.
         result: of the newest step that was committed.
     """
 
@@ -82,8 +76,15 @@ class Trainer:
     health: Health
     hardware: Hardware
     control: dist.ProcessGroup
+    cadence: Cadence
+    timelines: Timelines
     cure: Cure | None = None
     guard: Guard | None = None
+    memory: MemoryTier | None = None
+    began_anew: bool = False
+    has_begun: bool = False
+    first_state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+    num_restores: int = 0
     state: TrainState = field(default_factory=TrainState)
     result: StepResult | None = None
     _since_log: list[float] = field(default_factory=list)
@@ -103,19 +104,27 @@ class Trainer:
             callback.on_start(self)
         if state.step == 0 and config.eval.every:
             state.untrained_loss, _ = self.evaluate()
-        while state.step < config.train.steps:
-            result = self.step()
+        self.has_begun = True
+        if self.began_anew:
+            self.first_state = copy.deepcopy(trainer_state(self)), rank_tensors_of(self.stepper.device)
+        while self.state.step < config.train.steps:
+            num_restores = self.num_restores
+            result, state = self.step(), self.state
             self.log.stepped(state.step)
             last = state.step == config.train.steps
             evaluated = config.eval.every > 0 and (last or _due(state.step, config.eval.every))
             logged = evaluated or last or _due(state.step, config.logger.every)
             record = {} if result is None else self._end_step(result, logged)
+            if self.num_restores > num_restores:  # a hook has gone back to an earlier step
+                continue
             improved = evaluated and self._evaluate_and_log(record)
             if logged and not evaluated and result is not None:
                 self._write(record, None)
             stop = result is not None and result.stop
             if _due(state.step, config.checkpoint.every) or last or improved or stop:
                 self.save(best=improved)
+            if self.cadence.due(state.step):
+                take_snapshot(self)
             self._log_saves()
             if stop and not last:
                 self.stepper.pulse.enter("finish")
@@ -147,6 +156,7 @@ class Trainer:
                 for fields in self.cure.after_step(self.state.step, result.totals):
                     self.log.event("cure", self.state.step, **fields)
         self._since_log.append(time.perf_counter() - began)
+        self.cadence.stepped(self._since_log[-1])
         return result
 
     def _attempt(self, batches: list[Batch]) -> StepResult:
@@ -187,90 +197,26 @@ class Trainer:
         Raises (on every rank):
             StorageError: ``checkpoint.max_failed_saves`` saves in a row have failed.
         """
-        since = time.perf_counter()
-        self.stepper.enter("checkpoint")
-        told: list[Any] = [None] * dist.get_world_size(self.control)
-        mine = (self.loader.state_dict(), self.failed_saves.own())
-        dist.all_gather_object(told, mine, group=self.control)
-        self.failed_saves.agree([failed for _, failed in told])
-        states = [loader for loader, _ in told]
-        trainer_state = {
-            **asdict(self.state),
-            "split": split_of(self.config, self.dims),
-            "loader": merge_states(states),
-            "health": self.health.state_dict(),
-            "cure": {} if self.cure is None else self.cure.state_dict(),
-            "guard": {} if self.guard is None else self.guard.state_dict(),
-            "callbacks": [
-                {"target": entry.target, "state": callback.state_dict()}
-                for entry, callback in zip(self.config.callbacks, self.callbacks, strict=True)
-            ],
-        }
-        rank_tensors = {"torch_rng": torch.get_rng_state()}
-        if self.stepper.device.type == "cuda":
-            rank_tensors["cuda_rng"] = torch.cuda.get_rng_state()
-        info = {"parallel": str(self.dims), "torch": torch.__version__, "name": self.config.run.name}
-        slices = self.engine.named_state()
-        self.checkpoints.save(self.state.step, slices, trainer_state, rank_tensors, info, since)
-        if best:
-            self.checkpoints.mark_best(self.state.step)
+        save_checkpoint(self, best)
 
-    def _check_split(self, saved: list[int] | None) -> None:
-        split = split_of(self.config, self.dims)
-        if split is not None and saved is not None and split != saved:
-            raise ConfigError(
-                "layout.balance.scope",
-                "micro",
-                f"the balance loss counts the rows of one forward pass; the checkpoint is of {saved[0]} "
-                f"data-parallel rank(s) with train.micro_batch={saved[1]}, this layout has {split[0]} with "
-                f"{split[1]}, which would train another objective",
-                "the layout that wrote it, or layout.balance.scope=step",
-            )
+    def restore(self, at_most: int | None = None, reason: str = "asked for") -> int:
+        """Go back, in this process, to the newest state that is complete and verified in any tier. Collective.
 
-    def load(self, checkpoint: Checkpoint) -> str:
-        """Take over all of a checkpoint's state, whatever layout wrote it.
+        Weights, optimizer, data, random numbers, health, cures and callbacks stand as they did then; what was
+        kept of later steps does not count any more. Call it between steps, or in ``Callback.on_step_end``.
+
+        Args:
+            at_most: no later step than this; None: the newest there is.
+            reason: for the event ``rollback``.
 
         Returns:
-            What is to be said about callbacks that found no state of theirs, or states without a callback.
-
-        Raises:
-            ConfigError: it is of another model, optimizer or data.
+            The step; 0 with the weights that the run began with, where nothing earlier was kept.
         """
-        checkpoint.load_into(self.engine.named_state())
-        saved = dict(checkpoint.trainer)
-        self._check_split(saved.pop("split", None))
-        self.loader.load_state_dict(saved.pop("loader"))
-        self.health.load_state_dict(saved.pop("health", {}))
-        unclaimed = self._load_callbacks(saved.pop("callbacks"))
-        watched = saved.pop("cure", {})
-        if self.cure is not None:
-            self.cure.load_state_dict(watched)
-        guarded = saved.pop("guard", {})
-        if self.guard is not None:
-            self.guard.load_state_dict(guarded)
-        self.state = TrainState(**saved)
-        if checkpoint.world_size == self.dims.world_size:
-            rank_tensors = checkpoint.rank_tensors(self.rank)
-            torch.set_rng_state(rank_tensors["torch_rng"])
-            if self.stepper.device.type == "cuda" and "cuda_rng" in rank_tensors:
-                torch.cuda.set_rng_state(rank_tensors["cuda_rng"])
-        faults.reach("load", self.state.step)
-        return unclaimed
+        return restore(self, at_most, reason)
 
-    def _load_callbacks(self, saved: list[dict[str, Any]]) -> str:
-        """Give each callback the next saved state of its own target."""
-        new = []
-        for entry, callback in zip(self.config.callbacks, self.callbacks, strict=True):
-            mine = next((item for item in saved if item["target"] == entry.target), None)
-            if mine is None:
-                new.append(entry.target)
-            else:
-                saved.remove(mine)
-                callback.load_state_dict(mine["state"])
-        gone = [item["target"] for item in saved if item["state"]]
-        parts = [f"begin without saved state: {', '.join(new)}"] if new else []
-        parts += [f"saved state of callbacks that are gone: {', '.join(gone)}"] if gone else []
-        return "; ".join(parts)
+    def forget_times(self) -> None:
+        """Of steps that were not logged: they are given up."""
+        self._since_log.clear()
 
     def link_best(self) -> None:
         """Name the best step again, in case the run died between its commit and its naming."""
@@ -374,11 +320,6 @@ class Trainer:
         except ConfigError as error:  # the same on every rank; a finished run must not fail over its sample
             self.log.event("alarm", self.state.step, kind="sample", message=str(error))
             return None
-
-
-def owned_bytes(slices: Iterable[StateSlice]) -> int:
-    """Size of this rank's part of a checkpoint."""
-    return sum(piece.tensor.numel() * piece.tensor.element_size() for piece in slices if piece.owner)
 
 
 def _due(step: int, every: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import socket
 import time
@@ -31,24 +30,27 @@ from trainer.build import (
     build_model,
     torch_dtype,
 )
+from trainer.checkpoint.cadence import Cadence
 from trainer.checkpoint.durable import DurableCheckpointer, check_room, check_writable, remove_stale
 from trainer.checkpoint.failed import FailedSaves
 from trainer.checkpoint.files import storage_error, write_durably
-from trainer.checkpoint.resume import Checkpoint, newest_valid, open_checkpoint
+from trainer.checkpoint.lease import Lease, clean, memory_folder
+from trainer.checkpoint.memory import MemoryTier
+from trainer.checkpoint.timeline import Timelines
 from trainer.config import Device, RunConfig, parallel_dims
 from trainer.cure.cure import build_cure
 from trainer.data.loader import build_loader, valid_batches
 from trainer.data.prepare import prepare_data
 from trainer.data.tokenizer import TextTokenizer
 from trainer.guard.guard import build_guard
-from trainer.hardware import device_name, peak_flops
+from trainer.hardware import peak_flops
 from trainer.health.monitor import Health
 from trainer.liveness import Pulse
-from trainer.loop import Trainer, owned_bytes
+from trainer.loop import Trainer
 from trainer.metrics.step import Hardware
 from trainer.models.cost import model_cost
-from trainer.models.init import fill_buffers, initialise
 from trainer.resilience import StopSignal
+from trainer.restoring import begin
 from trainer.runlog import RunLog
 from trainer.step import Stepper
 
@@ -114,6 +116,8 @@ def run_worker(
     except BaseException:
         trainer.log.close(complain=False)
         raise
+    if trainer.memory is not None:
+        trainer.memory.remove()  # all is on the disk; a run that dies leaves them for its restart
     trainer.log.close()
     return finished
 
@@ -207,15 +211,31 @@ def _build_trainer(
         health=Health(config, place.rank, place.world_size, run_dir, prepared, device, log, timer),
         hardware=hardware,
         control=control,
+        cadence=Cadence(config.checkpoint.memory_every, control),
+        timelines=Timelines(),
         cure=build_cure(config, engine, stepper, control),
         guard=build_guard(config, engine, control, place.rank, run_dir, prepared.fingerprint, log),
+        memory=_build_memory(config, run_dir, place, dims),
     )
     if place.rank == 0:
         check_room(directory, _checkpoint_bytes(engine))
         _keep_tokenizer(prepared.tokenizer, run_dir / "tokenizer.json")
     faults.arm(trainer, place)
-    _start(trainer, place, device)
+    begin(trainer, place.generation, device)
     return trainer
+
+
+def _build_memory(config: RunConfig, run_dir: Path, place: Place, dims: ParallelDims) -> MemoryTier | None:
+    """This rank's snapshots, those of a former process included; None where they are off."""
+    checkpoint = config.checkpoint
+    if checkpoint.memory_every == 0:
+        return None
+    folder = memory_folder(checkpoint.memory_dir, run_dir)
+    lease = Lease(folder, run_dir)
+    if place.local_rank == 0:
+        clean(folder.parent, folder)
+    layout = f"{dims} of {place.world_size} ranks, {config.engine.name.value}"
+    return MemoryTier(lease, place.rank, place.world_size, place.generation, layout, checkpoint.memory_slots)
 
 
 def _prove_shared(directory: Path, place: Place, control: dist.ProcessGroup) -> None:
@@ -246,78 +266,6 @@ def _prove_shared(directory: Path, place: Place, control: dist.ProcessGroup) -> 
         )
 
 
-def _start(trainer: Trainer, place: Place, device: torch.device) -> None:
-    """Load the newest state or initialise, and open the log of this generation."""
-    config = trainer.config
-    skipped: list[tuple[Path, str]] = []
-    found = _agree_on_checkpoint(trainer, skipped)
-    own = found is not None and found.path.parent == trainer.checkpoints.directory
-    weights_only = found is not None and not own and config.checkpoint.load_weights_only
-    weights_only |= found is not None and not found.trainer  # an imported model: there is nothing else in it
-    resume, unclaimed = None, ""
-    if found is None or weights_only:
-        initialise(trainer.engine.model, trainer.engine.named_state(), config.train.seed)
-    fill_buffers(trainer.engine.model)  # before the load: what is in a checkpoint comes from there
-    if found is not None and weights_only:
-        weights = (piece for piece in trainer.engine.named_state() if piece.name.startswith("model."))
-        found.load_into(weights, prefix="model.")
-    elif found is not None:
-        unclaimed = trainer.load(found)
-        trainer.link_best()
-    if found is not None:
-        resume = {"tier": "durable", "path": str(found.path)}
-    cost = trainer.hardware.cost
-    start = {
-        "generation": place.generation,
-        "world_size": place.world_size,
-        "parallel": str(trainer.dims),
-        "device": device_name(device),
-        "num_parameters": cost.num_parameters,
-        "num_active_parameters": cost.num_active,
-        "run_dir": str(trainer.run_dir),
-        "steps": config.train.steps,
-        "train_rows": trainer.prepared.num_train_rows,
-        "tokens_per_step": config.train.global_batch * config.train.seq_len,
-        "config": {
-            "model": config.model.name,
-            "layout": config.layout.name,
-            "data": config.data.source.value,
-            "dtype": config.train.dtype.value,
-            "engine": config.engine.name.value,
-            "unigram_loss": round(trainer.prepared.unigram_loss, 3),
-        },
-    }
-    trainer.log.begin(trainer.state.step, start, resume)
-    if unclaimed:
-        trainer.log.event("alarm", trainer.state.step, kind="callbacks_changed", message=unclaimed)
-    for path, reason in skipped:
-        message = f"skipped a damaged checkpoint: {path} {reason}"
-        trainer.log.event("alarm", trainer.state.step, kind="corrupt_checkpoint", message=message)
-
-
-def _agree_on_checkpoint(trainer: Trainer, skipped: list[tuple[Path, str]]) -> Checkpoint | None:
-    """Rank 0 looks for the newest valid checkpoint; everyone opens what it found. Collective.
-
-    Where rank 0 finds only damaged ones it raises, and its exit ends the other ranks.
-    """
-
-    def skip(path: Path, reason: str) -> None:
-        logging.getLogger(__name__).warning("skipping a checkpoint: %s %s", path, reason)
-        skipped.append((path, reason))
-
-    path: list[str | None] = [None]
-    found = None
-    if trainer.rank == 0:
-        found = newest_valid(trainer.checkpoints.directory, skip)
-        if found is None and trainer.config.checkpoint.load_from is not None:
-            found = open_checkpoint(Path(trainer.config.checkpoint.load_from), on_skip=skip)
-        path = [None if found is None else str(found.path)]
-    dist.broadcast_object_list(path, src=0, group=trainer.control)
-    if path[0] is not None and found is None:
-        found = open_checkpoint(Path(path[0]), verify=False)
-    return found
-
-
 def _keep_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:
     """Beside the checkpoints, for generation."""
     content = tokenizer.to_json().encode()
@@ -330,7 +278,8 @@ def _keep_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:
 
 def _checkpoint_bytes(engine: Engine) -> int:
     """What one checkpoint of the whole run takes, as if this rank's share were everyone's."""
-    return owned_bytes(engine.named_state()) * dist.get_world_size()
+    owned = (piece.tensor for piece in engine.named_state() if piece.owner)
+    return sum(tensor.numel() * tensor.element_size() for tensor in owned) * dist.get_world_size()
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -109,13 +109,7 @@ class RunLog:
         self._step = step
         restart = self._restart(step, int(start["generation"]))
         self._clock = self._recoveries()
-        try:
-            self._metrics.truncate_after(step)
-            if (self.run_dir / HEALTH_FILE).exists():
-                self._health = self._patient(HEALTH_FILE, None)
-                self._health.truncate_after(step)
-        except OSError as error:
-            raise storage_error(error, self._metrics.path, 0, field="run.root") from error
+        self._forget_after(step)
         self.event("start", step, **start, wandb_id=self.wandb_id)
         if restart is not None:
             self.event("restart", step, **restart)
@@ -136,6 +130,24 @@ class RunLog:
         seconds = [number(record.get("perf/step_seconds")) for record in records]
         mean = sum(seconds) / len(seconds) if seconds else 0.0
         return follow(read_events(self.run_dir / EVENTS_FILE), records, mean)
+
+    def roll_back(self, step: int, fields: Mapping[str, Any]) -> None:
+        """The run went back to ``step`` in this process: forget records of later steps, write ``rollback``."""
+        if not self.active:
+            return
+        self._step = step
+        self._forget_after(step)
+        self.event("rollback", step, **fields)
+
+    def _forget_after(self, step: int) -> None:
+        try:
+            self._metrics.truncate_after(step)
+            if (self.run_dir / HEALTH_FILE).exists():
+                if self._health is None:
+                    self._health = self._patient(HEALTH_FILE, None)
+                self._health.truncate_after(step)
+        except OSError as error:
+            raise storage_error(error, self._metrics.path, 0, field="run.root") from error
 
     def _restart(self, step: int, generation: int) -> dict[str, Any] | None:
         """If the generation before this one died: since when, and which of its steps are to be redone."""

@@ -35,6 +35,20 @@ def check_survival(config: RunConfig) -> None:
         "at least one checkpoint is kept",
         "checkpoint.keep_last=1",
     )
+    require(
+        checkpoint.memory_every >= -1,
+        "checkpoint.memory_every",
+        checkpoint.memory_every,
+        "steps, 0 for no snapshots in memory, or -1 for as often as costs 2 % of the time",
+        "checkpoint.memory_every=-1",
+    )
+    require(
+        checkpoint.memory_slots >= 3,
+        "checkpoint.memory_slots",
+        checkpoint.memory_slots,
+        "while a rank overwrites one slot, two others must hold what all ranks have",
+        "checkpoint.memory_slots=3",
+    )
     for path, seconds in (
         ("resilience.collective_timeout_seconds", resilience.collective_timeout_seconds),
         ("resilience.stop_grace_seconds", resilience.stop_grace_seconds),

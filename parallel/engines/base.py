@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ def whole_state(model: nn.Module) -> Iterator[StateSlice]:
         if name in persistent:
             shape = tuple(tensor.shape)
             yield StateSlice(f"model.{name}", shape, (0,) * len(shape), tensor.detach(), owner=True)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Let no gathered parameter outlive a change of the shards that was not an optimizer step.
+
+    FSDP keeps those of the last units between a forward pass without a backward one (an evaluation) and the next.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @runtime_checkable

@@ -38,6 +38,7 @@ SMALL = [
     "optim.max_grad_norm=0.5",
     "layout.balance.coefficient=0.05",
     "layout.balance.router_z=0.01",
+    "checkpoint.memory_every=0",
 ]
 """Overrides given after these win."""
 

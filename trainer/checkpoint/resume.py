@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from trainer.checkpoint.format import (
     step_directories,
 )
 from trainer.checkpoint.shards import DTYPE_NAMES, DTYPES, file_fault
+from trainer.checkpoint.timeline import Timelines
 
 OnSkip = Callable[[Path, str], None]
 """Told the bad file of a checkpoint that is passed over, and what is wrong with it."""
@@ -45,6 +46,7 @@ class Checkpoint:
         info: what was recorded for people: layout, versions.
         world_size: ranks that wrote it.
         tensors: every tensor by name: dtype, global shape, chunks.
+        timeline: on which it was saved (:mod:`trainer.checkpoint.timeline`); -1 if it does not say.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -55,6 +57,8 @@ class Checkpoint:
         self.info: dict[str, Any] = manifest.info
         self.world_size = manifest.world_size
         self.tensors: dict[str, TensorEntry] = manifest.tensors
+        timeline = manifest.info.get("timeline")
+        self.timeline = timeline if type(timeline) is int else -1
         self._manifest = manifest
         self._verified: set[str] = set()
 
@@ -201,14 +205,53 @@ def _region(start: tuple[int, ...], shape: tuple[int, ...], origin: tuple[int, .
     return tuple(slice(s - o, s - o + n) for s, n, o in zip(start, shape, origin, strict=True))
 
 
-def newest_valid(directory: Path, on_skip: OnSkip = warn_skipped) -> Checkpoint | None:
-    """The newest checkpoint under ``directory`` of which every byte agrees with its checksums.
-
-    Invalid ones are passed over and left where they are. Reads all of the one that it returns, so one rank
-    asks and tells the others the step; they use ``open_checkpoint(path, verify=False)``.
+def candidates(
+    directory: Path,
+    timelines: Timelines,
+    refuse: Callable[[InvalidCheckpoint], None],
+    at_most: int | None = None,
+) -> Iterator[Checkpoint]:
+    """Checkpoints under ``directory`` that count and have a sound manifest, newest first; shards are not read.
 
     Args:
         directory: ``<run>/checkpoints``; need not exist.
+        timelines: of the run.
+        refuse: told each one whose manifest is not sound.
+        at_most: no later step than this.
+    """
+    for step, path in step_directories(directory):
+        if at_most is not None and step > at_most:
+            continue
+        try:
+            checkpoint = Checkpoint(path, read_manifest(path))
+            if checkpoint.step != step:
+                raise InvalidCheckpoint(path / MANIFEST, f"is that of step {checkpoint.step}")
+        except InvalidCheckpoint as error:
+            refuse(error)
+            continue
+        if timelines.counts(step, checkpoint.timeline):
+            yield checkpoint
+
+
+def none_valid(directory: Path, faults: Sequence[InvalidCheckpoint]) -> ConfigError:
+    """What to say where every checkpoint has a fault."""
+    found = "; ".join(f"{error.path.relative_to(directory)} {error.reason}" for error in faults)
+    return ConfigError(
+        "checkpoints",
+        directory,
+        f"none of the {len(faults)} checkpoints there is valid ({found})",
+        "restore one from a backup, or start a new run; nothing was deleted",
+    )
+
+
+def newest_valid(directory: Path, on_skip: OnSkip = warn_skipped) -> Checkpoint | None:
+    """The newest checkpoint under ``directory`` that counts and of which every byte agrees with its checksums.
+
+    Invalid ones are passed over and left where they are. Reads all of the one that it returns, so one process
+    asks and tells the others the step; they use ``open_checkpoint(path, verify=False)``.
+
+    Args:
+        directory: ``<run>/checkpoints``; need not exist. The run directory says which ones count.
         on_skip: told the first bad file of each checkpoint that is passed over, and why.
 
     Returns:
@@ -217,26 +260,21 @@ def newest_valid(directory: Path, on_skip: OnSkip = warn_skipped) -> Checkpoint 
     Raises:
         ConfigError: there are checkpoints and none is valid.
     """
-    found = step_directories(directory)
-    faults = []
-    for step, path in found:
+    faults: list[InvalidCheckpoint] = []
+
+    def refuse(error: InvalidCheckpoint) -> None:
+        on_skip(error.path, error.reason)
+        faults.append(error)
+
+    for checkpoint in candidates(directory, Timelines.read(directory.parent), refuse):
         try:
-            checkpoint = Checkpoint(path, read_manifest(path))
-            if checkpoint.step != step:
-                raise InvalidCheckpoint(path / MANIFEST, f"is that of step {checkpoint.step}")
             checkpoint.verify()
         except InvalidCheckpoint as error:
-            on_skip(error.path, error.reason)
-            faults.append(f"{error.path.relative_to(directory)} {error.reason}")
+            refuse(error)
         else:
             return checkpoint
     if faults:
-        raise ConfigError(
-            "checkpoints",
-            directory,
-            f"none of the {len(faults)} checkpoints there is valid ({'; '.join(faults)})",
-            "restore one from a backup, or start a new run; nothing was deleted",
-        )
+        raise none_valid(directory, faults)
     return None
 
 

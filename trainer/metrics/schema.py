@@ -194,8 +194,17 @@ EVENTS: dict[str, dict[str, str]] = {
     },
     "resume": {
         "step": "of the state; comes after its generation's `start`",
-        "tier": "where it was found",
-        "path": "of the checkpoint",
+        "tier": "where it was found: `memory`, `peer` or `durable`",
+        "path": "of the checkpoint or of the folder in memory",
+        "load_seconds": "to find, verify and load it",
+    },
+    "rollback": {
+        "step": "that the run went back to, in the same process",
+        "from_step": "it stood at",
+        "restores": "of this process so far",
+        "reason": "why",
+        "tier": "as of `resume`; `start` for the run's first state",
+        "load_seconds": "to find, verify and load it",
     },
     "checkpoint": {
         "path": "of the checkpoint",
@@ -268,6 +277,7 @@ EVENTS: dict[str, dict[str, str]] = {
 _OPTIONAL_FIELDS = {
     "evaluation": {"seconds"},
     "start": {"wandb_id"},
+    "resume": {"load_seconds"},
     "alarm": {"state", "layers", "since", "evidence", "remedy", "action"},
     "failure": {"evidence", "began", "path"},
 }

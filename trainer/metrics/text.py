@@ -56,7 +56,8 @@ def event_text(event: Record) -> str:
             f"generation {get('generation')}: {get('world_size')} ranks, {get('parallel')}, {get('device')}"
         )
     elif kind == "resume":
-        text = f"from {Path(str(get('path'))).name} ({get('tier')})"
+        at = f"step {get('step')}" if get("tier") != "durable" else Path(str(get("path"))).name
+        text = f"from {at} ({get('tier')})"
     elif kind == "checkpoint":
         size, stall = bytes_text(as_float(get("bytes"))), seconds_text(as_float(get("stall_seconds")))
         text = f"{Path(str(get('path'))).name}, {size}, training waited {stall}"
@@ -75,6 +76,8 @@ def event_text(event: Record) -> str:
         parts = ("detect", "restart", "load", "recompute")
         spent = ", ".join(f"{part} {seconds_text(as_float(get(f'{part}_seconds')))}" for part in parts)
         text = f"from {get('kind')} after {seconds_text(as_float(get('seconds')))}: {spent}"
+    elif kind == "rollback":
+        text = f"from step {get('from_step')} to {get('step')} ({get('tier')}): {get('reason')}"
     elif kind == "stop":
         text = f"{get('reason')}" + (", resumable" if get("resumable") else "")
     elif kind in ("alarm", "cure"):

@@ -69,6 +69,7 @@ def shrink(asked: RunConfig, device: Device, recorder: CallbackConfig) -> tuple[
     c.train.verify_first = False
     c.eval.every = c.eval.sample_tokens = 0
     c.checkpoint.every, c.checkpoint.keep_last, c.checkpoint.load_from = 1, 4, None
+    c.checkpoint.memory_every = 0
     c.logger.every, c.logger.terminal, c.logger.wandb.mode = 1, Terminal.off, WandbMode.disabled
     c.health.trace_every, c.health.replay = 0, None
     c.resilience.collective_timeout_seconds = 60.0

@@ -1,0 +1,250 @@
+"""The memory tier: every few steps a rank's whole state is copied into a mapped file that outlives the process.
+
+    training thread   copy into the oldest slot ─┐ returns
+    sealing thread                               └ checksum → header → `on_sealed` (the peer tier)
+
+No collective is issued. A snapshot counts once its header is sealed; which one all ranks have is found at the next
+start (trainer/checkpoint/vote.py). With three slots there is always a common one: while a rank overwrites its
+oldest, the others are at most one snapshot behind, and everyone has sealed the one before that.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from parallel.engines.base import StateSlice
+from parallel.errors import ConfigError
+from trainer.checkpoint.lease import Lease
+from trainer.checkpoint.slots import Header, Plan, Slot, keys_of, make_plan
+from trainer.checkpoint.timeline import Timelines
+from trainer.checkpoint.vote import Snapshot
+
+
+class MemoryTier:
+    """This rank's snapshots.
+
+    Args:
+        lease: of the run's folder.
+        rank, world_size: of this process.
+        generation: of this launch.
+        layout: what must be the same for a snapshot to fit: degrees and engine.
+        num_slots: at least 3.
+
+    Attributes:
+        on_sealed: told each slot when it is sealed, by the sealing thread; the slot is not overwritten while
+            ``busy`` is above 0.
+        stall_seconds: what the newest snapshot cost training.
+    """
+
+    def __init__(
+        self, lease: Lease, rank: int, world_size: int, generation: int, layout: str, num_slots: int
+    ) -> None:
+        self.lease = lease
+        self.rank, self.world_size, self.generation = rank, world_size, generation
+        self._layout = layout
+        self.slots = [Slot(lease.folder / f"rank-{rank:05d}.slot-{index}") for index in range(num_slots)]
+        self.on_sealed: Callable[[Slot], None] = lambda slot: None
+        self.stall_seconds = 0.0
+        self._plan: Plan | None = None
+        self._sealer = ThreadPoolExecutor(1, "muster-seal")
+        self._sealing: Future[None] | None = None
+
+    def plan(self, slices: Sequence[StateSlice], rank_tensors: Mapping[str, Tensor]) -> Plan:
+        """How this rank's state is laid out; made once."""
+        if self._plan is None:
+            self._plan = make_plan(slices, rank_tensors, self._layout)
+        return self._plan
+
+    def claim(self, host: str, slices: Sequence[StateSlice], rank_tensors: Mapping[str, Tensor]) -> Claim:
+        """What this rank is about to reserve, for :func:`check_claims`."""
+        room = self.plan(slices, rank_tensors).room
+        folder = self.lease.folder
+        missing = sum(max(0, room - slot.size) for slot in self.slots)
+        free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
+        return Claim(host, str(folder.parent.parent), missing, free)
+
+    def prepare(self, device: torch.device) -> None:
+        """Reserve every page of every slot. What is sealed stays.
+
+        Raises:
+            ConfigError: there is no room for it.
+        """
+        assert self._plan is not None, "claim() comes first"
+        try:
+            for slot in self.slots:
+                slot.reserve(self._plan.room)
+                if device.type == "cuda":
+                    slot.register()
+        except OSError as error:
+            relation = f"a snapshot of {self._plan.room:,} bytes cannot be reserved there: {error.strerror}"
+            raise _no_room(str(self.lease.folder.parent.parent), relation) from error
+
+    def snapshot(
+        self,
+        step: int,
+        slices: Sequence[StateSlice],
+        rank_tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        timelines: Timelines,
+    ) -> None:
+        """Copy the state into a slot; returns as soon as it may change again.
+
+        Args:
+            step: optimizer steps done.
+            slices: everything that this rank holds, owned or not.
+            rank_tensors: its own tensors (RNG state).
+            state: the trainer's, as JSON values.
+            timelines: of the run; the newest is the snapshot's.
+
+        Raises:
+            OSError: sealing the one before failed.
+        """
+        began = time.perf_counter()
+        self.wait()
+        plan = self.plan(slices, rank_tensors)
+        slot = self._next_slot(timelines)
+        slot.unseal()
+        sources = [*(piece.tensor for piece in slices), *rank_tensors.values()]
+        # One call: for hundreds of small tensors Python costs more than the copies.
+        torch._foreach_copy_(slot.views(plan), sources, non_blocking=True)
+        text = json.dumps(state, separators=(",", ":")).encode()
+        header = Header(
+            timelines.run, self.rank, self.world_size, plan.layout, self.generation, timelines.current, step,
+            plan.data_bytes, len(plan.table), len(text),
+        )  # fmt: skip
+        if any(source.is_cuda for source in sources):
+            torch.cuda.current_stream().synchronize()
+        self._sealing = self._sealer.submit(self._seal, slot, header, plan.table, text)
+        self.stall_seconds = time.perf_counter() - began
+
+    def _next_slot(self, timelines: Timelines) -> Slot:
+        """What is of no use, else the oldest."""
+
+        def worth(slot: Slot) -> tuple[bool, int]:
+            header = slot.header
+            if header is None or header.run != timelines.run:
+                return False, -1
+            return timelines.counts(header.step, header.timeline), header.step
+
+        while True:
+            free = [slot for slot in self.slots if not slot.busy]
+            if free:
+                return min(free, key=worth)
+            time.sleep(0.001)  # every slot is being sent: only with slots fewer than senders
+
+    def _seal(self, slot: Slot, header: Header, table: bytes, text: bytes) -> None:
+        slot.write_texts(header, table, text)
+        slot.seal(replace(header, checksum=slot.checksum(header)))
+        self.lease.touch()
+        self.on_sealed(slot)
+
+    def wait(self) -> None:
+        """Until the newest snapshot is sealed. Raises OSError if it could not be."""
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+
+    def sealed(self, step: int) -> bool:
+        """Whether a snapshot of the step is sealed."""
+        return any(slot.header is not None and slot.header.step == step for slot in self.slots)
+
+    def offers(self, run: str, layout: str) -> tuple[Snapshot, ...]:
+        """Sealed snapshots of this run and layout. Call :meth:`wait` before."""
+        mine = (run, self.rank, self.world_size, layout)
+        return tuple(
+            h.snapshot
+            for slot in self.slots
+            if (h := slot.header) is not None and (h.run, h.rank, h.world_size, h.layout) == mine
+        )
+
+    def find(self, snapshot: Snapshot) -> Slot:
+        """The slot that holds it."""
+        return next(s for s in self.slots if s.header is not None and s.header.snapshot == snapshot)
+
+    def fault(self, snapshot: Snapshot) -> str | None:
+        """Verify a snapshot; a damaged one is struck off. Returns what is wrong with it."""
+        slot = self.find(snapshot)
+        found = slot.fault()
+        if found is not None:
+            slot.unseal()
+            return f"{slot.path} {found}"
+        return None
+
+    def load(
+        self, snapshot: Snapshot, slices: Sequence[StateSlice], rank_tensors: Sequence[str]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Fill the slices from a verified snapshot.
+
+        Returns:
+            The trainer's state, and this rank's own tensors.
+        """
+        tensors, state = self.find(snapshot).read()
+        keys = keys_of(slices, rank_tensors)
+        with torch.no_grad():
+            for piece, key in zip(slices, keys, strict=False):
+                piece.tensor.copy_(tensors[key])
+        return state, {name: tensors[f"rank.{name}"].clone() for name in rank_tensors}
+
+    def remove(self) -> None:
+        """Give the memory back: what is in it is safe elsewhere, or not wanted."""
+        self._sealer.shutdown(wait=True)
+        for slot in self.slots:
+            slot.remove()
+        self.lease.release()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Memory that a rank of ``host`` needs under ``mount``, and what it sees free there."""
+
+    host: str
+    mount: str
+    missing: int
+    free: int
+
+
+def check_claims(claims: Sequence[Claim]) -> ConfigError | None:
+    """Whether all ranks' slots fit together, before anyone reserves; the same answer from the same claims."""
+    for host in sorted({claim.host for claim in claims}):
+        here = [claim for claim in claims if claim.host == host]
+        missing, free = sum(claim.missing for claim in here), min(claim.free for claim in here)
+        if missing > free:
+            relation = (
+                f"the snapshots of {len(here)} rank(s) on {host} need {missing:,} bytes, {free:,} are free"
+            )
+            return _no_room(here[0].mount, relation)
+    return None
+
+
+def _no_room(mount: str, relation: str) -> ConfigError:
+    return ConfigError(
+        "checkpoint.memory_dir",
+        mount,
+        relation,
+        "a larger mount (docker run --shm-size), checkpoint.memory_dir=FOLDER of one, or checkpoint.memory_every=0",
+    )
+
+
+def rank_tensors_of(device: torch.device) -> dict[str, Tensor]:
+    """What only this rank has: the states of its random number generators."""
+    found = {"torch_rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda_rng"] = torch.cuda.get_rng_state()
+    return found
+
+
+def set_rank_tensors(found: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on with the random numbers of a saved state."""
+    torch.set_rng_state(found["torch_rng"])
+    if device.type == "cuda" and "cuda_rng" in found:
+        torch.cuda.set_rng_state(found["cuda_rng"])
