@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves bench-torn docs clean
+.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves bench-torn bench-guard docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ bench-survival: .venv-bench/.ready ## recovery from kill -9 and SIGSTOP, Muster 
 
 bench-saves: setup ## what asynchronous saves cost, Muster and DCP in turn, write bench/results/saves.md
 	$(BIN)/python -m bench.saves $(ARGS)
+
+bench-guard: setup ## what the guards cost: steps with and without them in turn (ARGS="--rounds 40")
+	$(BIN)/python -m bench.guard $(ARGS)
 
 docs: setup ## write anew what the code knows: metrics.md, configuration.md, costs and pictures of layouts.md
 	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md

@@ -26,7 +26,6 @@ from trainer.bits import name_key, normal_
 from trainer.callbacks import Callback
 
 if TYPE_CHECKING:
-    from trainer.data.batch import Batch
     from trainer.loop import Trainer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -86,9 +85,9 @@ class Collapse(Callback):
     def __init__(self, at: int, scale: float = 0.0, bias: float = 0.0) -> None:
         self.at, self.scale, self.bias = at, scale, bias
 
-    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, float] | None:
         if trainer.state.step != self.at:
-            return
+            return None
         num = 2 * trainer.config.layout.top_k
         for part in trainer.engine.named_state():
             if part.name.endswith(".router.bias_E") and self.bias:
@@ -97,6 +96,7 @@ class Collapse(Callback):
                 forced = forced_rows(part.name, part.global_shape, num, self.scale)
                 window = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.tensor.shape, strict=True))
                 part.tensor.copy_(forced[window])
+        return None
 
 
 def forced_rows(name: str, shape: tuple[int, ...], num: int, scale: float) -> torch.Tensor:

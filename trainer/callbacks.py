@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 class Callback:
     """Subclass and override what you need. Hooks run on every rank, at the same point of the run.
 
-    A hook that issues collectives must do so on every rank. An exception in a hook fails the run like any
-    other error. Metrics of your own: return numbers from :meth:`on_step_end` under names ``user/…``; rank 0's
-    are logged.
+    A hook may write weights or optimizer state in :meth:`on_start` and :meth:`on_step_end`; anywhere else the
+    guard takes that for silent corruption. A hook that issues collectives must do so on every rank. An exception
+    in a hook fails the run like any other error. Metrics of your own: return numbers from :meth:`on_step_end`
+    under names ``user/…``; rank 0's are logged.
     """
 
     def on_start(self, trainer: Trainer) -> None:

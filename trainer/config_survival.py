@@ -57,6 +57,15 @@ class GuardConfig:
     """Batches that a run may step over; one more, and it gives up (exit 70)."""
     max_skips_in_a_row: int = 3
     """The same for batches that follow one another."""
+    digest_every: int = 0
+    """Each step looks at one of this many parts of a rank's weights and optimizer, the parts in turn, for bits that
+    changed between two updates; 1: at everything; 0: off."""
+    replica_every: int = 0
+    """Steps between comparisons of ranks that hold the same tensors; 0: off."""
+    replay_every: int = 0
+    """Steps between replays of each rank's micro-batch on the next rank, whose loss must be the same; 0: off."""
+    max_rollbacks: int = 3
+    """Times that a rank may be found to corrupt the run; once more, and it fails by name."""
     spike_sigma: float = 0.0
     """The same for a step whose loss is this many robust standard deviations (1.4826 · MAD) above the median of
     the steps before it; 0: off."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from trainer.data.batch import Batch
 from trainer.data.loader import Loader
 from trainer.data.prepare import PreparedData
 from trainer.generation import sample
+from trainer.guard.findings import RollBack
 from trainer.guard.guard import Guard
 from trainer.health.monitor import Health
 from trainer.metrics.step import Hardware, check_user_metrics, step_metrics
@@ -105,11 +107,15 @@ class Trainer:
         if state.step == 0 and config.eval.every:
             state.untrained_loss, _ = self.evaluate()
         self.has_begun = True
+        if self.guard is not None:
+            self.guard.loaded(state.step)
         if self.began_anew:
             self.first_state = copy.deepcopy(trainer_state(self)), rank_tensors_of(self.stepper.device)
         while self.state.step < config.train.steps:
             num_restores = self.num_restores
             result, state = self.step(), self.state
+            if self.num_restores > num_restores:  # the guard has gone back to an earlier step
+                continue
             self.log.stepped(state.step)
             last = state.step == config.train.steps
             evaluated = config.eval.every > 0 and (last or _due(state.step, config.eval.every))
@@ -121,6 +127,8 @@ class Trainer:
             if logged and not evaluated and result is not None:
                 self._write(record, None)
             stop = result is not None and result.stop
+            if not self._confirmed():
+                continue
             if _due(state.step, config.checkpoint.every) or last or improved or stop:
                 self.save(best=improved)
             if self.cadence.due(state.step):
@@ -136,7 +144,7 @@ class Trainer:
         return True
 
     def step(self) -> StepResult | None:
-        """One optimizer step on the next samples; None: they were stepped over. Collective."""
+        """One optimizer step on the next samples; None: stepped over, or the run went back. Collective."""
         began = time.perf_counter()
         pulse = self.stepper.pulse
         pulse.enter("data", self.state.step + 1)
@@ -146,14 +154,22 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_batches(self, batches)
         attempt = partial(self._attempt, batches)
-        result = attempt() if self.guard is None else self.guard.run(self.state.step + 1, attempt)
+        try:
+            result = (
+                attempt() if self.guard is None else self.guard.run(self.state.step + 1, batches, attempt)
+            )
+        except RollBack as back:
+            self._go_back(back)
+            return None
         self.state.step += 1
         self.state.tokens += self.config.train.global_batch * self.config.train.seq_len
         if result is not None:
             self.result = result
             self.health.leave()
             if self.cure is not None:  # here, where no parameter is gathered: what is written must be seen
-                for fields in self.cure.after_step(self.state.step, result.totals):
+                with self._writing(True):
+                    actions = self.cure.after_step(self.state.step, result.totals)
+                for fields in actions:
                     self.log.event("cure", self.state.step, **fields)
         self._since_log.append(time.perf_counter() - began)
         self.cadence.stepped(self._since_log[-1])
@@ -164,6 +180,30 @@ class Trainer:
         result = self.stepper.train_step(self.state.step, batches)
         self.stepper.pulse.enter("hooks")
         return result
+
+    def _confirmed(self) -> bool:
+        """Whether the newest step was committed, where its state will be kept; if not, the run has gone back."""
+        state, config = self.state, self.config
+        last = state.step == config.train.steps
+        stop = self.result is not None and self.result.stop
+        keeps = last or stop or _due(state.step, config.checkpoint.every) or self.cadence.due(state.step)
+        if self.guard is None or (not keeps and state.best_step != state.step):
+            return True
+        try:
+            self.guard.confirm()
+        except RollBack as back:
+            self._go_back(back)
+            return False
+        return True
+
+    def _go_back(self, back: RollBack) -> None:
+        self.restore(back.at_most, back.reason)
+        if back.failure is not None:
+            raise back.failure
+
+    def _writing(self, may: bool) -> AbstractContextManager[None]:
+        """Around those who may write weights or optimizer state between two updates, if they do (``may``)."""
+        return nullcontext() if self.guard is None or not may else self.guard.writing(self.state.step)
 
     def _on_gradients(self) -> None:
         if self.callbacks:
@@ -212,7 +252,10 @@ class Trainer:
         Returns:
             The step; 0 with the weights that the run began with, where nothing earlier was kept.
         """
-        return restore(self, at_most, reason)
+        step = restore(self, at_most, reason)
+        if self.guard is not None:
+            self.guard.loaded(step)
+        return step
 
     def forget_times(self) -> None:
         """Of steps that were not logged: they are given up."""
@@ -249,11 +292,14 @@ class Trainer:
         if logged:
             record.update(self.health.metrics(result.totals))
         self.health.after_step(self.state.step, result.totals)
-        for index, callback in enumerate(self.callbacks):
-            own = callback.on_step_end(self, record) or {}
-            check_user_metrics(own, f"callbacks[{index}].target", self.config.callbacks[index].target)
-            if logged:
-                record.update(own)
+        with self._writing(
+            any(type(hook).on_step_end is not Callback.on_step_end for hook in self.callbacks)
+        ):
+            for index, callback in enumerate(self.callbacks):
+                own = callback.on_step_end(self, record) or {}
+                check_user_metrics(own, f"callbacks[{index}].target", self.config.callbacks[index].target)
+                if logged:
+                    record.update(own)
         return record
 
     def _write(self, record: dict[str, Any], valid_loss: float | None) -> None:

@@ -214,7 +214,7 @@ def _build_trainer(
         cadence=Cadence(config.checkpoint.memory_every, control),
         timelines=Timelines(),
         cure=build_cure(config, engine, stepper, control),
-        guard=build_guard(config, engine, control, place.rank, run_dir, prepared.fingerprint, log),
+        guard=build_guard(config, dims, stepper, control, place.rank, run_dir, prepared.fingerprint, log),
         memory=_build_memory(config, run_dir, place, dims),
     )
     if place.rank == 0:

@@ -150,6 +150,9 @@ class Gate(Protocol):
             finite: whether this rank's own loss is.
         """
 
+    def updated(self) -> None:
+        """The update is done: until the next one nobody has a right to write weights or optimizer. No host sync."""
+
 
 class Stepper:
     """Runs optimizer steps of one engine.
@@ -222,6 +225,8 @@ class Stepper:
             skip = self.gate.judge(totals, finite)
         self.engine.step(lr, skip)
         self._after_step(totals.counts_LE, skip)
+        if self.gate is not None:
+            self.gate.updated()
         faults.reach("after_optimizer", step)
         return StepResult(totals, grad_norm, lr, stop)
 
@@ -249,6 +254,17 @@ class Stepper:
         self.engine.model.train()
         num_targets, _ = self._agree(batches)
         return sums.reduce(num_targets)
+
+    @torch.no_grad()
+    def loss_of(self, batch: Batch) -> float:
+        """Summed cross-entropy of one batch of this rank, shown to nobody (a host sync). Collective."""
+        self.enter("replay")
+        observer, self.observer = self.observer, None
+        self.engine.model.eval()
+        loss = float(self.forward(batch).cross_entropy)
+        self.engine.model.train()
+        self.observer = observer
+        return loss
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of one micro-batch of this rank."""

@@ -75,6 +75,10 @@ def _check_guard(guard: GuardConfig) -> None:
     for field, least in (
         ("max_skips", 0),
         ("max_skips_in_a_row", 0),
+        ("digest_every", 0),
+        ("replica_every", 0),
+        ("replay_every", 0),
+        ("max_rollbacks", 0),
         ("spike_window", 10),
     ):
         value = getattr(guard, field)

@@ -44,7 +44,7 @@ EXIT_NOT_SURVIVED = 1
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
 _TAIL_LINES = 12
-_OWN = ("run", "chaos", "cluster", "logger", "resilience")
+_OWN = ("run", "chaos", "cluster", "logger", "resilience", "guard")
 """Sections in which a reference may differ: they do not touch what is computed."""
 
 
@@ -120,6 +120,9 @@ class Chaos:
         # The rate is compressed: what is a week's failures must not pass for a run that dies again and again.
         restarts = max(config.resilience.max_restarts, len(faults))
         self._overrides = [*overrides, f"resilience.max_restarts={restarts}", "logger.terminal=plain"]
+        if not any(line.startswith("guard") for line in overrides):
+            # Every flipped bit must be found, not one of many; and the same rank may be struck again and again.
+            self._overrides += ["guard.digest_every=1", f"guard.max_rollbacks={restarts}"]
         self.folder = run.path / FOLDER
         self.log = self.folder / "commands.log"
         self.began = time.time()

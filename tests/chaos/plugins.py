@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.commands.watch import wait_until
 from trainer.callbacks import Callback
 from trainer.data.batch import Batch
@@ -95,6 +97,28 @@ class SpoilGradients(Callback):
         if trainer.rank == self.rank and trainer.state.step in self.steps and (self.always or self.left):
             self.left -= 1
             next(iter(trainer.engine.named_gradients())).tensor.view(-1)[0] = float("nan")
+
+
+class DecideOnDevice(Callback):
+    """Lets the guard decide as where reading a number would make the device wait."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        assert trainer.guard is not None
+        trainer.guard.on_host = False
+
+
+class FlipBit(Callback):
+    """Flips one bit of one rank's first non-empty weight in the middle of a step, once or at every attempt."""
+
+    def __init__(self, step: int, rank: int, always: bool = False) -> None:
+        self.step, self.rank, self.left = step, rank, 1000 if always else 1
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        if (trainer.state.step, trainer.rank) == (self.step, self.rank) and self.left:
+            self.left -= 1
+            weights = (p for p in trainer.engine.named_state() if p.name.startswith("model.layers"))
+            part = next(part for part in weights if part.tensor.numel())
+            part.tensor.view(-1).view(torch.uint8)[5] ^= 1 << 4
 
 
 class Counter(Callback):

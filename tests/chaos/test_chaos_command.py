@@ -42,6 +42,7 @@ def struck(shared_workplace: Workplace) -> tuple[Workplace, str]:
         (13, 0, "holed-shard", "batch"),
         (18, 1, "preempt", "after_optimizer"),
         (23, 0, "slow", "forward"),
+        (25, 1, "bit-flip-weights", "after_optimizer"),
     )
     return shared_workplace, chaos(shared_workplace, f"chaos.schedule={schedule}")
 
@@ -49,10 +50,11 @@ def struck(shared_workplace: Workplace) -> tuple[Workplace, str]:
 def test_faults_are_survived_and_change_no_bit(struck: tuple[Workplace, str]) -> None:
     workplace, output = struck
     found = verdict(workplace, "a")
-    assert (found["injected"], found["survived"], found["bit_identical"]) == (5, 5, True)
+    assert (found["injected"], found["survived"], found["bit_identical"]) == (6, 6, True)
     assert workplace.digest() == workplace.digest(workplace.path / "runs" / "e2e" / "a-reference")
     assert [fault["detected"] for fault in found["faults"][:4]] == ["crash", "crash", "crash", "stop"]
-    assert [fault["step"] for fault in found["faults"]] == [4, 9, 13, 18, 23]
+    assert [fault["step"] for fault in found["faults"]] == [4, 9, 13, 18, 23, 25]
+    assert found["faults"][5]["detected"] == "corruption"
     assert found["commands"] == 2, "once more after the preemption"
     assert found["recovery_seconds"]["median"] > 0
     assert found["by_kind"]["segfault"]["injected"] == 1
@@ -69,7 +71,7 @@ def test_a_damaged_checkpoint_was_passed_over(struck: tuple[Workplace, str]) -> 
 
 def test_a_fault_that_nothing_guards_against_is_found_out(struck: tuple[Workplace, str]) -> None:
     workplace, _ = struck
-    schedule = write_schedule(workplace, (5, 1, "bit-flip-weights", "after_optimizer"))
+    schedule = write_schedule(workplace, (5, 1, "bit-flip-exchange", "exchange"))
     reference = workplace.path / "runs" / "e2e" / "a-reference"
     again = [f"chaos.schedule={schedule}", f"chaos.reference={reference}", "run.id=flipped"]
     output = chaos(workplace, *again, expect=1)

@@ -35,6 +35,9 @@ class OnDevice:
         assert totals.faults is not None
         return (totals.faults.sum() > 0).float()
 
+    def updated(self) -> None:
+        pass
+
 
 def digest_of_run(rank: int, world: int, config: RunConfig, spoilt: int | None) -> int:
     """Of all state after three steps; ``spoilt`` is first attempted with a NaN in one rank's gradients."""

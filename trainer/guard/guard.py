@@ -4,15 +4,25 @@
 
     attempt ─▶ all ranks agree (in the step's one all-reduce) ─▶ fine: weights, optimizer and biases are updated
                                                              └▶ not: nothing is; the step is redone on its batch
-    it recurs ─▶ the batch is stepped over and noted in guard.json; over the budget, the run gives up (exit 70)
+    it recurs ─▶ the run goes back to a state in some tier, and comes to the step again
+    and again ─▶ the batch is stepped over and noted in guard.json; over the budget, the run gives up (exit 70)
+
+    state that changed by itself (:mod:`trainer.guard.watch`) ─▶ the rank is named, the run goes back past it
+
+On a CPU the host decides: reading a number costs nothing there. Otherwise the device does, and the host learns of
+it one step later, when it has queued the next step and nothing waits. Until then nothing commits after a step that
+did not, and whoever wants to keep the state asks first (:meth:`Guard.confirm`). A bad step is then redone by going
+back.
 """
 
 from __future__ import annotations
 
 import math
 import socket
+import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +30,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.engines.base import Engine
-from parallel.errors import FatalError
+from parallel.dims import ParallelDims
+from parallel.errors import FatalError, NamedFailure
 from trainer.config import RunConfig
+from trainer.data.batch import Batch
+from trainer.guard.findings import Finding, RollBack
 from trainer.guard.ledger import LEDGER_FILE, Ledger
 from trainer.guard.spikes import Spikes
+from trainer.guard.watch import Corruption, Watch
 from trainer.runlog import RunLog
-from trainer.step import FAULTS, StepResult, Totals
+from trainer.step import FAULTS, Stepper, StepResult, Totals
+
+_ACTIONS = {
+    "redone": "it is redone",
+    "rolled back": "the run goes back to come to it again",
+    "stepped over": "it recurred on the same batch, which is stepped over",
+}
+"""What is done the first, the second and the third time → how it is said."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Why a step does not commit; the same on every rank.
+class _Facts:
+    """What an attempt of a step came to, on its way from the device to the host.
 
-    Attributes:
-        kind: ``non_finite`` or ``spike``.
-        value: the loss, nats a token.
-        threshold: that the loss was above; None where it or a gradient is not finite.
-        rank, host: where it was seen first; None of what only the sum over all ranks shows.
-        what: it was, for a person.
+    Args:
+        step: number of the step.
+        values: fp64: a count a :data:`trainer.step.FAULTS`, the loss, whether this rank's own loss is finite and
+            its state unchanged.
     """
 
-    kind: str
-    value: float
-    threshold: float | None
-    rank: int | None
-    host: str | None
-    what: str
+    def __init__(self, step: int, values: Tensor) -> None:
+        self.step, self._values = step, values
+        self._copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """The values; waits for the copy, not for what was queued after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return list(self._values.tolist())
 
 
 class Guard:
@@ -54,30 +79,43 @@ class Guard:
 
     Args:
         config: resolved.
-        engine: prepared.
+        dims: the layout.
+        stepper: of the prepared engine.
         control: a gloo group over all ranks, for small facts.
         rank: of this process.
         run_dir: of the run, for the ledger.
         data: fingerprint of the data.
-        log: where alarms go.
+        log: where alarms and failures go.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        engine: Engine,
+        dims: ParallelDims,
+        stepper: Stepper,
         control: dist.ProcessGroup,
         rank: int,
         run_dir: Path,
         data: str,
         log: RunLog,
     ) -> None:
-        self.config, self.engine, self.control, self.rank, self.log = config, engine, control, rank, log
-        guard = config.guard
+        self.config, self.engine, self.control, self.rank, self.log = (
+            config.guard, stepper.engine, control, rank, log,
+        )  # fmt: skip
         self.ledger = Ledger(run_dir / LEDGER_FILE, data, config.train.global_batch)
-        self.spikes = Spikes(guard.spike_sigma, guard.spike_window)
-        self._undecided: tuple[Totals, Tensor] | None = None
+        self.spikes = Spikes(config.guard.spike_sigma, config.guard.spike_window)
+        self.watch = Watch(config, dims, stepper.engine, control, rank, stepper.loss_of)
+        self.on_host = stepper.device.type == "cpu"
+        self._step = 0
+        self._facts: _Facts | None = None
+        self._unconfirmed: _Facts | None = None
+        self._stuck: Tensor | None = None
+        self._own_change: Tensor | None = None
         self._finding: Finding | None = None
+        self._corruption: Corruption | None = None
+        self._tries: Counter[int] = Counter()
+        self._blamed: Counter[int | None] = Counter()
+        self._rested = 0.0
 
     def begin(self) -> None:
         """Read the ledger of the run. Collective."""
@@ -85,55 +123,116 @@ class Guard:
         dist.broadcast_object_list(entries, src=0, group=self.control)
         self.ledger.load(entries[0])
 
+    def loaded(self, step: int) -> None:
+        """The state of ``step`` steps was made or loaded, and whoever may write it then has done so."""
+        self.watch.begin(step)
+        self._rested = time.time()
+        self._unconfirmed = self._stuck = None
+
+    def updated(self) -> None:
+        """See :class:`trainer.step.Gate`."""
+        self.watch.rest(self._step)
+        self._rested = time.time()
+
+    def writing(self, step: int) -> AbstractContextManager[None]:
+        """Around a cure or a hook that may write weights or optimizer, after ``step`` steps."""
+        return self.watch.writing(step)
+
     def corrupt(self) -> Tensor | None:
-        """Nothing is looked at."""
-        return None
+        """See :class:`trainer.step.Gate`."""
+        self._own_change = self.watch.changed()
+        return self._own_change
 
     def judge(self, totals: Totals, finite: Tensor) -> Tensor | None:
-        """See :class:`trainer.step.Gate`.
-
-        On a CPU reading a number costs nothing, so the finding is made here, where the gradients still show where
-        they went wrong. Otherwise the device decides, and the host reads the decision once it has queued all of
-        the step (:meth:`run`).
-        """
-        self._finding, self._undecided = None, None
-        if totals.cross_entropy.device.type == "cpu":
-            self._finding = self._look(totals, finite, gradients=True)
-            return None if self._finding is None else torch.ones(())
-        self._undecided = (totals, finite)
+        """See :class:`trainer.step.Gate`."""
         assert totals.faults is not None
         loss = totals.cross_entropy / totals.num_targets
-        bad = (totals.faults.sum() > 0) | ~(loss <= self.spikes.threshold()) | ~torch.isfinite(loss)
-        return bad.float()
+        same = torch.ones_like(finite) if self._own_change is None else ~self._own_change
+        values = torch.cat((totals.faults, torch.stack((loss, finite.double(), same.double()))))
+        self._facts = _Facts(self._step, values)
+        if self.on_host:  # here, where the gradients still show where they went wrong
+            self._finding = self._look(self._facts, gradients=True)
+            return None if self._finding is None else torch.ones(())
+        # A step that nobody looked at yet must not be built upon: what did not commit stays so.
+        bad = totals.faults[FAULTS.index("corrupt")] > 0
+        if self.config.non_finite:
+            bad = bad | (totals.faults.sum() > 0) | ~(loss <= self.spikes.threshold()) | ~torch.isfinite(loss)
+        self._stuck = bad if self._stuck is None else bad | self._stuck
+        return self._stuck.float()
 
-    def run(self, step: int, attempt: Callable[[], StepResult]) -> StepResult | None:
+    def run(self, step: int, batches: list[Batch], attempt: Callable[[], StepResult]) -> StepResult | None:
         """Attempt a step until it commits or its batch is stepped over. Collective.
 
         Args:
             step: its number; the first is 1.
-            attempt: forward, backward and update on the step's batches, any number of times.
+            batches: this rank's.
+            attempt: forward, backward and update on them, any number of times.
 
         Returns:
             The attempt that was committed; None: the batch was stepped over.
 
         Raises:
+            RollBack: the step must be come to again from an older state.
+            NamedFailure: a rank was to blame too often.
             FatalError: the budget of skips is spent.
         """
         if self.ledger.has(step):
             return None
+        self._step = step
+        self._compare(step, batches[0])
         random = _random_state()
-        for left in ("redone", "stepped over"):
+        while True:
             result = attempt()
-            finding = self._found()
-            if finding is None:
-                self.spikes.add(result.totals.mean(result.totals.cross_entropy))
+            facts, waiting = self._facts, self._unconfirmed
+            assert facts is not None
+            if waiting is not None:
+                self.confirm()
+            if not self.on_host and not self._tries[step] and not self.spikes.sigma:
+                self._unconfirmed = facts
                 return result
-            if left == "stepped over":
-                self._check_budget(step, finding)
-                self.ledger.add(step, finding.kind, write=self.rank == 0)
-            self._say(step, finding, left)
+            finding = self._finding if self.on_host else self._look(facts, gradients=False)
+            if finding is None:
+                self.spikes.add(facts.read()[len(FAULTS)])
+                del self._tries[step]
+                return result
+            self._stuck = None
+            if not self._react(facts.step, finding, again=True):
+                return None
             _set_random_state(random)
-        return None
+
+    def confirm(self) -> None:
+        """Make sure that the newest step was committed, before its state is kept or built upon. Collective.
+
+        Raises:
+            RollBack: it was not.
+        """
+        facts, self._unconfirmed = self._unconfirmed, None
+        finding = None if facts is None else self._look(facts, gradients=False)
+        if facts is not None and finding is not None:
+            self._react(facts.step, finding, again=False)
+
+    def _react(self, step: int, finding: Finding, again: bool) -> bool:
+        """Decide what is done about a step that did not commit: True: attempt it again; False: it is stepped over.
+
+        Args:
+            again: whether it can be attempted again right here.
+
+        Raises:
+            RollBack: it is come to again from an older state.
+        """
+        if self._corruption is not None:
+            self._go_back(step, [self._corruption])
+        action = list(_ACTIONS)[min(self._tries[step], 2)]
+        if action == "redone" and not again:
+            self._tries[step], action = 1, "rolled back"
+        self._tries[step] += 1
+        if action == "stepped over":
+            self._check_budget(step, finding)
+            self.ledger.add(step, finding.kind, write=self.rank == 0)
+        self._say(step, finding, action)
+        if action == "rolled back":
+            raise RollBack(step - 1, f"step {step} {finding.words}")
+        return action == "redone"
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; the same on every rank."""
@@ -143,21 +242,56 @@ class Guard:
         """Go on from a checkpoint; without a state everything begins anew."""
         self.spikes.load_state_dict(state.get("spikes", {}))
 
-    def _found(self) -> Finding | None:
-        if self._undecided is not None:
-            self._finding = self._look(*self._undecided, gradients=False)
-        return self._finding
+    def _compare(self, step: int, batch: Batch) -> None:
+        """What is compared between ranks now and then, before the step begins. Collective."""
+        found = self.watch.compare(step - 1, batch)
+        if found:
+            self._go_back(step, found)
+        failures = [self._blame(step, finding) for finding in self.watch.settled(step - 1)]
+        for failure in filter(None, failures):  # that state is sound
+            raise failure
 
-    def _look(self, totals: Totals, finite: Tensor, gradients: bool) -> Finding | None:
-        """What is wrong with a step, if anything is. A host sync; collective where something is."""
-        assert totals.faults is not None
-        faults = dict(zip(FAULTS, totals.faults.tolist(), strict=True))
-        loss = totals.mean(totals.cross_entropy)
-        if faults["non_finite"] or not math.isfinite(loss):
+    def _go_back(self, step: int, found: list[Corruption]) -> None:
+        failures = [self._blame(step, corruption.finding) for corruption in found]
+        sound = min(corruption.sound for corruption in found)
+        failure = next(filter(None, failures), None)
+        raise RollBack(sound, f"step {step} {found[0].finding.words}", failure)
+
+    def _blame(self, step: int, finding: Finding) -> NamedFailure | None:
+        """Write the failure down; what to end in if it is the same rank's again and again."""
+        self.log.event(
+            "failure",
+            step - 1,
+            kind="corruption",
+            rank=finding.rank,
+            host=finding.host,
+            cause=finding.what,
+            evidence=finding.evidence,
+            began=self._rested,
+        )
+        self._blamed[finding.rank] += 1
+        if self._blamed[finding.rank] <= self.config.max_rollbacks:
+            return None
+        often = f"{self._blamed[finding.rank]} times (guard.max_rollbacks={self.config.max_rollbacks})"
+        return NamedFailure("corruption", f"{finding.what}, {often}", finding.rank, finding.host)
+
+    def _look(self, facts: _Facts, gradients: bool) -> Finding | None:
+        """What is wrong with a step, if anything is. Collective where something is.
+
+        Args:
+            gradients: whether they are still there.
+        """
+        non_finite, corrupt, loss, finite, same = facts.read()
+        self._corruption = self.watch.locate(facts.step, not same) if corrupt else None
+        if self._corruption is not None:
+            return self._corruption.finding
+        if not self.config.non_finite:
+            return None
+        if non_finite or not math.isfinite(loss):
             return self._locate(loss, bool(finite), gradients)
         threshold = self.spikes.threshold()
         if loss > threshold:
-            return Finding("spike", loss, threshold, None, None, "the loss is far above those before it")
+            return Finding("spike", "the loss is far above those before it", loss, threshold)
         return None
 
     def _locate(self, loss: float, finite: bool, gradients: bool) -> Finding:
@@ -171,48 +305,37 @@ class Guard:
         dist.all_gather_object(found, mine, group=self.control)
         for rank, (its_finite, _, host) in enumerate(found):
             if not its_finite:
-                return Finding("non_finite", loss, None, rank, host, "its loss is not finite")
+                return Finding("non_finite", "its loss is not finite", loss, None, rank, host)
         for rank, (_, name, host) in enumerate(found):
             if name is not None:
                 what = f"its part of the gradient of {name} is not finite"
-                return Finding("non_finite", loss, None, rank, host, what)
-        return Finding("non_finite", loss, None, None, None, "the gradients' norm is not finite")
+                return Finding("non_finite", what, loss, None, rank, host)
+        return Finding("non_finite", "the gradients' norm is not finite", loss)
 
     def _check_budget(self, step: int, finding: Finding) -> None:
-        guard = self.config.guard
         for field, used, allowed in (
-            ("max_skips_in_a_row", self.ledger.in_a_row_before(step), guard.max_skips_in_a_row),
-            ("max_skips", self.ledger.before(step), guard.max_skips),
+            ("max_skips_in_a_row", self.ledger.in_a_row_before(step), self.config.max_skips_in_a_row),
+            ("max_skips", self.ledger.before(step), self.config.max_skips),
         ):
             if used >= allowed:
                 cause = (
-                    f"step {step} is {_words(finding)}, twice on the same batch, and {used} batches were "
+                    f"step {step} {finding.words}, again and again on the same batch, and {used} batches were "
                     f"stepped over before it (guard.{field}={allowed})"
                 )
                 raise FatalError("non-finite", cause, finding.rank, finding.host)
 
     def _say(self, step: int, finding: Finding, action: str) -> None:
-        done = (
-            "it is redone" if action == "redone" else "it recurred on the same batch, which is stepped over"
-        )
         self.log.event(
             "alarm",
             step,
             kind=finding.kind,
-            message=f"step {step} is {_words(finding)}; {done}",
+            message=f"step {step} {finding.words}; {_ACTIONS[action]}",
             value=finding.value,
             threshold=finding.threshold,
             rank=finding.rank,
             host=finding.host,
             action=action,
         )
-
-
-def _words(finding: Finding) -> str:
-    where = "" if finding.rank is None else f"rank {finding.rank} on {finding.host}: "
-    if finding.kind == "spike":
-        return f"a loss spike ({finding.value:.4g} > {finding.threshold:.4g})"
-    return f"not finite ({where}{finding.what})"
 
 
 def _random_state() -> tuple[Tensor, Tensor | None]:
@@ -228,7 +351,8 @@ def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
 
 def build_guard(
     config: RunConfig,
-    engine: Engine,
+    dims: ParallelDims,
+    stepper: Stepper,
     control: dist.ProcessGroup,
     rank: int,
     run_dir: Path,
@@ -236,8 +360,9 @@ def build_guard(
     log: RunLog,
 ) -> Guard | None:
     """What the config asks for; None where that is nothing. Collective."""
-    if not config.guard.non_finite:
+    guard = config.guard
+    if not (guard.non_finite or guard.digest_every or guard.replica_every or guard.replay_every):
         return None
-    guard = Guard(config, engine, control, rank, run_dir, data, log)
-    guard.begin()
-    return guard
+    made = Guard(config, dims, stepper, control, rank, run_dir, data, log)
+    made.begin()
+    return made
