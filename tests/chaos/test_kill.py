@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.command import Workplace
+from trainer.metrics.history import History
+from trainer.metrics.recovery import PARTS
 
 STEPS, GLOBAL_BATCH = 30, 8
 
@@ -66,6 +68,25 @@ def test_three_kills_leave_the_same_bits(workplace: Workplace) -> None:
     assert sorted(read) == list(range(STEPS * GLOBAL_BATCH)), "each sample once, none missing"
     resumed = [event["step"] for event in workplace.events("resume")]
     assert all(step % 4 == 0 or step % 10 == 0 for step in resumed), "from checkpoints that were committed"
+    assert_accounted(workplace, [step for step, _ in kills])
+
+
+def assert_accounted(workplace: Workplace, killed_at: list[int]) -> None:
+    """Every kill belongs to one recovery, whose parts are all of its time; so are the causes of the run's."""
+    recoveries = workplace.events("recovered")
+    assert sum(event["failures"] for event in recoveries) == len(killed_at)
+    for event in recoveries:
+        parts = [event[f"{part}_seconds"] for part in PARTS]
+        assert min(parts) >= 0 and sum(parts) == pytest.approx(event["seconds"])
+        assert event["kind"] == "crash" and event["restart_seconds"] > 0 and event["recompute_seconds"] > 0
+    account = History.load(workplace.run_dir).account
+    first, last = workplace.events("start")[0], workplace.events("finish")[-1]
+    assert account.wall == pytest.approx(last["time"] - first["time"])
+    lost = sum(event["seconds"] for event in recoveries)
+    spent = account.detect + account.restart + account.load + account.recompute
+    assert spent == pytest.approx(lost, rel=0.2, abs=0.3), "the account and the events tell of the same time"
+    assert account.useful > 0 and account.other < 0.5 * account.wall
+    assert last["goodput"] == pytest.approx(account.goodput, abs=0.1), "live and afterwards"
 
 
 def test_a_run_that_always_dies_gives_up_and_says_why(workplace: Workplace) -> None:

@@ -205,11 +205,11 @@ class DurableCheckpointer:
     def mark_best(self, step: int) -> None:
         """Make ``best`` a link to the step: now, or once it is committed if its save is in flight.
 
-        The step that ``best`` names is never removed. Does nothing on ranks other than 0.
+        The step that ``best`` names is never removed. Does nothing on ranks other than 0. A link that cannot be
+        written is the save's failure (``error``, :meth:`wait`).
 
         Raises:
             ConfigError: the step is neither committed nor in flight.
-            StorageError: the link cannot be written.
         """
         if self.rank != 0:
             return
@@ -217,7 +217,10 @@ class DurableCheckpointer:
             if self._in_flight == step:
                 self._best_pending = step
             elif self.committed(step):
-                self._link_best(step)
+                try:
+                    self._link_best(step)
+                except StorageError as error:
+                    self._error = error
             elif self._error is None:  # else its save has failed, which the next call says
                 raise ConfigError(
                     "checkpoint", step_name(step), "only a saved step can be the best", "save the step first"

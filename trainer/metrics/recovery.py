@@ -107,8 +107,9 @@ class RecoveryClock:
             self._loaded(int(event["step"]), now, number(event.get("load_seconds")))
         elif name == "resume":
             self._loaded(int(event["step"]), now, number(event.get("load_seconds")))
-        elif name == "recovered":
-            self._reached(int(event["step"]), now)
+        elif name == "recovered" and self._open is not None:
+            self._from_the_beginning()
+            self._close(now)
         elif name in ("stop", "finish"):
             self._end(now)
             self._running, self._floor = False, now
@@ -117,12 +118,11 @@ class RecoveryClock:
         """A step was completed. Returns the fields of the event ``recovered`` if that ends a recovery."""
         found = None
         if self._open is not None:
-            if self._open.resumed is None and self._open.started is not None:
-                self._loaded(0, self._open.started, 0.0)  # from the beginning: nothing had been saved
+            self._from_the_beginning()
             if self._open.resumed is None:
                 self._went_on()
-            if self._open is not None:
-                found = self._reached(step, now)
+            if self._open is not None and step >= self._open.target:
+                found = self._close(now)
         self._step, self._alive = step, max(self._alive, now)
         return found
 
@@ -155,6 +155,11 @@ class RecoveryClock:
             self._open.halted = now
         self._open.go("detect", now, "straggling" if slow else "")
 
+    def _from_the_beginning(self) -> None:
+        """A new generation trains without having loaded anything: nothing had been saved."""
+        if self._open is not None and self._open.resumed is None and self._open.started is not None:
+            self._loaded(0, self._open.started, 0.0)
+
     def _went_on(self) -> None:
         """Training goes on without a restart after a failure: it was no interruption."""
         assert self._open is not None
@@ -180,11 +185,11 @@ class RecoveryClock:
         self.targets[recovery.halted] = recovery.target
         self._floor = recovery.mark
 
-    def _reached(self, step: int, now: float) -> dict[str, Any] | None:
+    def _close(self, now: float) -> dict[str, Any]:
+        """The step reached before the fault is done again: the fields of ``recovered``."""
         recovery = self._open
-        if recovery is None or recovery.resumed is None or step < recovery.target:
-            return None
-        again = recovery.target > recovery.resumed
+        assert recovery is not None
+        again = recovery.target > (recovery.resumed or 0)
         recovery.go("recompute", now)
         if again:  # else this step was not computed before: it is useful
             self.spans += recovery.spans

@@ -89,3 +89,14 @@ def test_a_fault_of_the_writer_itself_is_no_storage_failure(tmp_path: Path) -> N
     save(own, 1)
     with pytest.raises(json.JSONDecodeError):
         failed.own()
+
+
+def test_a_best_link_that_cannot_be_written_is_told_like_a_failed_save(unwritable: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,rw", str(unwritable)], check=True)
+    own = checkpointer(unwritable / "checkpoints")
+    save(own, 1)
+    own.join()
+    subprocess.run(["mount", "-o", "remount,ro", str(unwritable)], check=True)
+    own.mark_best(1)  # on rank 0 alone: it must not leave the others behind
+    told = FailedSaves(own, 3, Events()).own()  # type: ignore[arg-type]
+    assert told is not None and "read-only" in told.cause and told.step == 1

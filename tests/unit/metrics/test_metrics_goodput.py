@@ -2,7 +2,7 @@ import pytest
 from metrics_helpers import T0, checkpoint, event, failure, finish, recovered, restart, resume, start, step
 
 from trainer.metrics.goodput import GoodputMeter, account
-from trainer.metrics.recovery import RecoveryClock, merged
+from trainer.metrics.recovery import RecoveryClock, follow, merged
 from trainer.metrics.schema import Record
 
 
@@ -103,6 +103,22 @@ def test_a_fault_in_a_recomputation_belongs_to_the_same_recovery() -> None:
     (only,) = [fields for fields in said if fields]
     assert (only["kind"], only["generation"], only["failures"]) == ("crash", 2, 2)
     assert only["seconds"] == pytest.approx(12.0) and only["recompute_seconds"] == pytest.approx(8.0)
+
+
+def test_a_run_that_begins_again_recovers_each_time_anew() -> None:
+    # Nothing was saved: killed at 4, back at 0 and at 4 again, killed there, and so on.
+    events, records = [start(0.0)], [step(n, float(n)) for n in (1, 2, 3, 4)]
+    for number, began in enumerate((4.0, 14.0, 24.0), start=1):
+        parts = {"detect_seconds": 1.0, "restart_seconds": 5.0, "load_seconds": 0.0, "recompute_seconds": 4.0}
+        events += [failure(began + 1, 4) | {"began": T0 + began}, start(began + 6, number)]
+        events += [restart(began + 6, 0, number, 5.0, 4), recovered(began + 10, 4, number, **parts)]
+    found = account(events, records)  # of the records only those of the last generation would be there
+    assert found.detect == 3.0 and found.restart == 15.0 and found.recompute == 12.0
+    clock = follow(events, [], 1.0)
+    clock.event(failure(35.0, 4) | {"began": T0 + 34.0})
+    clock.event(start(40.0, 4))
+    fields = clock.step(4, T0 + 44.0)
+    assert fields is not None and (fields["failures"], fields["seconds"]) == (1, 10.0)
 
 
 def test_a_rollback_in_the_running_process_is_a_recovery_and_a_failed_save_is_none() -> None:
