@@ -19,13 +19,15 @@ import enum
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any, Protocol
 
 from launch.failure import Failure, has_failed
 from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_GAVE_UP, EXIT_STOPPED, Outcome
-from trainer.metrics.jsonl import events_writer
+from trainer.checkpoint.files import StorageError
+from trainer.metrics.patient import PatientWriter
+from trainer.metrics.schema import EVENTS_FILE, check_event
 from trainer.rundir import RunDirectory
 
 _POLL_SECONDS = 0.05
@@ -152,13 +154,19 @@ class Agent:
         self.stop_grace_seconds = stop_grace_seconds
         self.stop = StopRequest()
         self._say = say
-        self._events = events_writer(run.path)
+        # A full disk must neither silence the supervisor nor take it down.
+        self._events = PatientWriter(
+            run.path / EVENTS_FILE,
+            check_event,
+            lambda path, reason: say(f"{path.name} cannot be written: {reason}; its lines wait in memory"),
+            lambda path, number: say(f"{path.name} is written again; {number} line(s) had waited"),
+        )
 
     def run(self) -> Outcome:
         """Supervise to the end. Call it from the main thread; no worker survives it."""
         generation = self.run_directory.next_generation()
         failure: Failure | None = None
-        with self.stop.listening():
+        with self.stop.listening(), self._last_words():
             while True:
                 try:
                     with self._start(generation, failure is not None and failure.kind == "hang") as group:
@@ -242,13 +250,18 @@ class Agent:
         log = f" Its log: {failure.log}" if failure.log else ""
         self._say(f"rank {failure.rank} on {failure.host} failed ({failure.kind}): {failure.cause}.{log}")
 
+    @contextmanager
+    def _last_words(self) -> Iterator[None]:
+        """At the end try again to write what a full disk refused."""
+        try:
+            yield
+        finally:
+            self._events.flush()
+
     def _event(self, event: str, **fields: Any) -> None:
         step = self.run_directory.last_logged_step()
-        try:
+        with suppress(StorageError):  # more waits than is kept: the user was told
             self._events.write({"time": time.time(), "step": step, "event": event, **fields})
-        except OSError as error:
-            # A full disk must not take the supervisor down with it.
-            self._say(f"events.jsonl cannot be written: {error.strerror}")
 
     def _stopped(self, saved: bool) -> Outcome:
         newest = self.run_directory.newest_checkpoint()

@@ -247,3 +247,34 @@ def test_no_orphans_when_the_agent_is_killed(run: RunDirectory, worker: Worker) 
     while not all(is_gone(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived its agent"
         time.sleep(0.01)
+
+
+def test_a_full_disk_neither_silences_nor_ends_it(
+    run: RunDirectory, worker: Worker, make_agent: Make, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        (run.path / "events.jsonl").symlink_to(disk / "events.jsonl")
+        body = """
+ballast = run_dir / "disk" / "ballast"
+if generation == 0:
+    try:
+        with ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    except OSError:
+        die("ValueError: here")
+ballast.unlink()
+"""
+        agent = make_agent(worker(body), num_workers=1)
+        assert agent.run().code == 0
+        (failure,) = events(run, "failure")
+        assert failure["cause"] == "ValueError: here" and failure["generation"] == 0
+        said = [line for line in agent.said if "events.jsonl" in line]  # type: ignore[attr-defined]
+        assert "No space left on device" in said[0] and "is written again; 1 line(s)" in said[1]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
