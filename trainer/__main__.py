@@ -27,6 +27,7 @@ from trainer.resilience import StopSignal
 
 if TYPE_CHECKING:
     from trainer.launched import Arrival
+    from trainer.watchdog import Watchdog
 
 EXIT_CONFIG = 2
 EXIT_GAVE_UP = 70
@@ -51,11 +52,17 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
     # Until it is known better, the first rank of each node speaks: to every terminal, once.
     first_to_speak = _is_first_of_node
     arrival: Arrival | None = None
+    watchdog: Watchdog | None = None
     try:
         from trainer.launched import arrive
 
         arrival = arrive(argv, under_agent)
         first_to_speak = arrival.first_to_speak
+        if not under_agent and arrival.place.world_size > 1:
+            from trainer.watchdog import Watchdog
+
+            watchdog = Watchdog(arrival.place.store, arrival.place.rank)
+            pulse.watchers.append(watchdog.look)
         if "--job" in argv:
             from trainer.inference import run_job
 
@@ -68,11 +75,13 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
         _report("config", str(error), EXIT_CONFIG)
         if first_to_speak():
             _say(f"muster: {error}")
+        _tell(watchdog, str(error))
         _leave(EXIT_CONFIG)
     except FatalError as error:
         _report(error.kind, error.cause, EXIT_GAVE_UP, rank=error.rank, host=error.host)
         if first_to_speak():
             _say(f"muster: {error}")
+        _tell(watchdog, str(error))
         _leave(EXIT_GAVE_UP)
     except BaseException as error:
         _say("".join(traceback.format_exception(error)).rstrip())
@@ -84,6 +93,7 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
             _report(error.kind, error.cause, 1, rank=error.rank, host=error.host)
         else:
             _report(error.kind if isinstance(error, DesyncError) else "crash", cause, 1)
+        _tell(watchdog, f"rank {os.environ.get('RANK', '0')} failed: {cause}")
         # No collective, no destructor that waits for a peer: the others are told by our death.
         _leave(1)
     # Another launcher would take any other code for a failure. Everything is closed; without the interpreter's
@@ -114,6 +124,12 @@ def _report(kind: str, cause: str, exit_code: int, rank: int | None = None, host
         blamed = {key: value for key, value in (("rank", rank), ("host", host)) if value is not None}
         report = {"kind": kind, "cause": cause, "exit_code": exit_code, **blamed}
         Path(path).write_text(json.dumps(report) + "\n")
+
+
+def _tell(watchdog: Watchdog | None, cause: str) -> None:
+    """Without an agent, have the others leave, too: a connection that breaks reaches only neighbours."""
+    if watchdog is not None:
+        watchdog.tell(cause)
 
 
 def _say(text: str) -> None:

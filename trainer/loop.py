@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import socket
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -133,12 +134,14 @@ class Trainer:
                 self.save(best=improved)
             if self.cadence.due(state.step):
                 take_snapshot(self)
+                self.stepper.pulse.commit(state.step)
             self._log_saves()
             if stop and not last:
                 self.stepper.pulse.enter("finish")
                 self.health.finish()
                 self._last_save()
-                self.log.event("stop", state.step, reason="asked to stop", resumable=True)
+                why = {"reason": "asked to stop", "resumable": True, **self._who_was_asked()}
+                self.log.event("stop", state.step, **why)
                 return False
         self._finish()
         return True
@@ -204,6 +207,14 @@ class Trainer:
     def _writing(self, may: bool) -> AbstractContextManager[None]:
         """Around those who may write weights or optimizer state between two updates, if they do (``may``)."""
         return nullcontext() if self.guard is None or not may else self.guard.writing(self.state.step)
+
+    def _who_was_asked(self) -> dict[str, Any]:
+        """The first rank that was asked to stop, and the signal that it was given. Collective."""
+        told: list[Any] = [None] * dist.get_world_size(self.control)
+        mine = (self.stepper.stop_cause(), socket.gethostname())
+        dist.all_gather_object(told, mine, group=self.control)
+        rank = next((rank for rank, (cause, _) in enumerate(told) if cause is not None), self.rank)
+        return {"kind": "preempted", "rank": rank, "host": told[rank][1], "cause": told[rank][0]}
 
     def _on_gradients(self) -> None:
         if self.callbacks:

@@ -13,14 +13,19 @@ class StopSignal:
     """Remembers that a stop was asked for; the ranks agree on it before each step (trainer/step.py)."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked: int | None = None
 
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
-        return self._asked
+        return self._asked is not None
+
+    def cause(self) -> str | None:
+        """The signal that asked first."""
+        return None if self._asked is None else signal.Signals(self._asked).name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        if self._asked is None:
+            self._asked = number
 
     def listen(self) -> None:
         """Handle the signals from here to the end of the process: one that comes late, while the process

@@ -107,7 +107,7 @@ def run_worker(
     dims = parallel_dims(config)
     meshes = build_meshes(dims, device.type)
     trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
-    trainer.stepper.pulse = pulse
+    trainer.stepper.pulse, trainer.stepper.stop_cause = pulse, stop.cause
     if not gc.isenabled():  # trainer/__main__.py: for the imports
         gc.freeze()  # modules stay: no later collection need go through them
         gc.enable()

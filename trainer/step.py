@@ -170,6 +170,7 @@ class Stepper:
         observer: None where nobody watches.
         gate: None where every step commits.
         pulse: told what this rank comes to.
+        stop_cause: the signal that asked this rank to stop, if one did.
         balance_L: coefficient of the balance loss of each MoE layer; None: as configured.
     """
 
@@ -190,6 +191,7 @@ class Stepper:
         self.observer: Observer | None = None
         self.gate: Gate | None = None
         self.pulse = Pulse()
+        self.stop_cause: Callable[[], str | None] = lambda: None
         self.balance_L: Sequence[float | Tensor] | None = None
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.chaos.test_kill import callback
 from tests.command import CALM, Workplace
+from tests.commands.test_torchrun import torchrun
 from tests.commands.watch import assert_nothing_left
 
 
@@ -21,6 +22,18 @@ def test_a_suspended_and_a_deadlocked_rank(workplace: Workplace, calm: Workplace
     assert "no progress" in deadlocked["cause"] and "step 10, compute" in deadlocked["cause"]
     assert "never_get_on" in deadlocked["evidence"], "its stack"
     assert all(failure["began"] < failure["time"] for failure in (suspended, deadlocked))
+    assert workplace.digest() == calm.digest()
+    assert workplace.losses() == calm.losses()
+    assert_nothing_left(workplace)
+
+
+def test_without_an_agent_a_deadlocked_rank_leaves(workplace: Workplace, calm: Workplace) -> None:
+    hang = callback("HangAt", folder=str(workplace.path / "marks"), at=[[9, 1, "deadlock"]])
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    deadline = "resilience.step_deadline_seconds=8"
+    output = torchrun(workplace, options, "run.id=a", deadline, f"callbacks=[{hang}]")
+    assert "does not get on: over its deadline at step 10, compute" in output
+    assert "never_get_on" in output, "the stack of the rank that is to blame"
     assert workplace.digest() == calm.digest()
     assert workplace.losses() == calm.losses()
     assert_nothing_left(workplace)

@@ -105,7 +105,8 @@ def test_one_rank_alone_is_preempted_and_all_save_and_leave(workplace: Workplace
         run_dir = workplace.path / "runs" / "e2e" / f"t{attempt}"
         assert "muster resume" in output
         assert not workplace.events("failure", run_dir)
-        assert [event["step"] for event in workplace.events("stop", run_dir)] == [4]
+        stops = [(e["step"], e["kind"], e["rank"], e["cause"]) for e in workplace.events("stop", run_dir)]
+        assert stops == [(4, "preempted", 1, "SIGTERM")]
         assert (run_dir / "checkpoints" / "step-00000004" / "manifest.json").is_file()
 
 

@@ -241,7 +241,14 @@ EVENTS: dict[str, dict[str, str]] = {
         "recompute_seconds": "until the step reached before the fault was done again, at least one step",
         "seconds": "of all that",
     },
-    "stop": {"reason": "why", "resumable": "whether `muster resume` can go on"},
+    "stop": {
+        "reason": "why",
+        "resumable": "whether `muster resume` can go on",
+        "kind": "`preempted`: a signal asked for it",
+        "rank": "the first that was asked",
+        "host": "its name",
+        "cause": "the signal",
+    },
     "alarm": {
         "kind": "of trouble; those of the routing are in [health.md](health.md)",
         "message": "what, and what was done",
@@ -278,6 +285,7 @@ _OPTIONAL_FIELDS = {
     "evaluation": {"seconds"},
     "start": {"wandb_id"},
     "resume": {"load_seconds"},
+    "stop": {"kind", "rank", "host", "cause"},
     "alarm": {"state", "layers", "since", "evidence", "remedy", "action"},
     "failure": {"evidence", "began", "path"},
 }
