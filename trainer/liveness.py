@@ -31,7 +31,8 @@ _LEARNED = ("data", "compute")
 """Phases of every step in which only our own code runs, for about as long every time."""
 _BEAT_SECONDS = 0.25
 _WINDOW = 32
-_ENOUGH = 5
+_ENOUGH = 16
+"""Times that a phase is timed before it has a deadline of its own: the first steps build and warm up."""
 _SECOND = 1_000_000_000
 _BYTES = 4096
 

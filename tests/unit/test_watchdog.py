@@ -20,7 +20,7 @@ pulse.watchers.append(Watchdog(store, 1).look)
 pulse.start()
 if "stuck" in sys.argv:
     pulse.expect(600.0, 0.5, 2.0)
-    for step in range(8):
+    for step in range(20):
         pulse.enter("compute", step + 1)
 print("here", flush=True)
 time.sleep(600)
@@ -41,7 +41,7 @@ def test_a_worker_leaves_with_a_failed_peer_or_alone() -> None:
     stuck = start(store.port, "stuck")
     output, _ = stuck.communicate(timeout=60)
     assert stuck.returncode == 1
-    assert "does not get on: over its deadline at step 8, compute" in output
+    assert "does not get on: over its deadline at step 20, compute" in output
     assert 'File "<string>"' in output, "its stack"
     output, _ = waiting.communicate(timeout=60)
     assert waiting.returncode == 1

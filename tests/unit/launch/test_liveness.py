@@ -66,7 +66,7 @@ def stuck_here():
 if generation == 0:
     pulse.expect(600.0, 0.5, 2.0)
     pulse._counts = False  # there are no collectives to count here: they are told below
-    for step in range(8):
+    for step in range(20):
         pulse.enter("compute", step + 1)
     pulse.page.set("collectives", 41 - rank)
     stuck_here() if rank == 1 else sleep_forever()
@@ -74,8 +74,8 @@ if generation == 0:
     assert make_agent(worker(BEATS + body)).run().code == 0
     (failure,) = failures(run)
     assert (failure["rank"], failure["kind"]) == (1, "hang")
-    assert "no progress" in failure["cause"] and "step 8, compute" in failure["cause"]
-    assert "rank 0: step 8, compute, 41 collectives" in failure["cause"]
+    assert "no progress" in failure["cause"] and "step 20, compute" in failure["cause"]
+    assert "rank 0: step 20, compute, 41 collectives" in failure["cause"]
     assert "stuck_here" in failure["evidence"]
 
 
@@ -127,12 +127,12 @@ def test_deadlines_are_learned_where_phases_repeat(page: Page) -> None:
         vitals = page.read()
         return (vitals.deadline - vitals.progress) / 1e9
 
-    for step in range(1, 8):
+    for step in range(1, 21):
         pulse.enter("compute", step)
-        assert allowed() == pytest.approx(600.0 if step < 5 else 60.0)
+        assert allowed() == pytest.approx(600.0 if step < 16 else 60.0)
     pulse.enter("evaluation")
     assert allowed() == pytest.approx(600.0), "a hook or an evaluation may take what it takes"
-    assert (page.read().step, str(page.read())) == (7, "step 7, evaluation, 0 collectives")
+    assert (page.read().step, str(page.read())) == (20, "step 20, evaluation, 0 collectives")
 
 
 def test_kernel_messages_are_no_error_where_they_cannot_be_read() -> None:
