@@ -164,6 +164,8 @@ class Follower:
             if self._standby is None:
                 self._standby = standby_for(self._config, Path(order.run_dir), self._say)
             check_data(self._config, self._console)
+            if self._standby is not None:
+                self._standby.prepare()  # now, when no other order can be late
             self._status.ready = True
         except ConfigError as error:
             self._status.error = [error.field, str(error.value), error.relation, error.fix]
