@@ -40,7 +40,7 @@ def standby_for(config: RunConfig, run_dir: Path, say: Callable[[str], None]) ->
     # What another engine imports may look for devices, after which no fork can use one.
     engine = name.value if name is not EngineName.native and config.device is Device.cpu else None
     env = {"OMP_NUM_THREADS": str(config.train.num_threads)}
-    return Standby(env, engine, run_dir / "logs" / "standby.log", say)
+    return Standby(env, engine, run_dir / "logs" / f"standby-{socket.gethostname()}.log", say)
 
 
 class StandbyLost(Exception):
