@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves bench-torn bench-guard docs clean
+.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ lint: setup ## ruff (rules and format), mypy, import layers
 
 bench-torn: setup ## kill saves at every system call, damage checkpoints everywhere, write bench/results/torn.md
 	$(BIN)/python -m bench.torn $(ARGS)
+
+bench-cycles: setup ## kill and resume a small run again and again (ARGS="--cycles 1000"; resumable)
+	$(BIN)/python -m bench.cycles $(ARGS)
 
 bench-layouts: setup ## train every layout with the quickstart's budget, write bench/results/layouts.md (resumable)
 	$(BIN)/python -m bench.layouts $(ARGS)
