@@ -98,9 +98,7 @@ class RecoveryClock:
             self._open.target = max(self._open.target, int(event["step"]) + int(event["lost_steps"]))
         elif name == "rollback":
             if self._open is None:
-                self._begin(
-                    str(event.get("reason", "rollback")), now, int(event.get("from_step", self._step))
-                )
+                self._begin("rollback", now, int(event.get("from_step", self._step)))
             assert self._open is not None
             if self._open.num_failures <= 1:  # in the process itself it is known exactly
                 self._open.target = int(event.get("from_step", self._open.target))
