@@ -24,6 +24,8 @@ class CheckpointConfig:
     """Snapshots that each rank keeps in memory: how far back a rollback finds one."""
     memory_dir: str | None = None
     """A folder of a memory mount for them, on every node; null: /dev/shm."""
+    peer_every: int = -1
+    """Steps between snapshots that are copied to another node's memory; -1: each, if there is another; 0: none."""
 
 
 @dataclass

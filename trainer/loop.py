@@ -6,6 +6,7 @@ import copy
 import math
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from trainer.checkpoint.digest import combine, weights_digest
 from trainer.checkpoint.durable import DurableCheckpointer
 from trainer.checkpoint.failed import FailedSaves
 from trainer.checkpoint.memory import MemoryTier, rank_tensors_of
+from trainer.checkpoint.peer import Member, PeerTier
 from trainer.checkpoint.timeline import Timelines
 from trainer.config import RunConfig
 from trainer.cure.cure import Cure
@@ -56,6 +58,8 @@ class Trainer:
         cure: what is done about uneven and dead experts; None: nothing.
         guard: decides whether a step commits; None: every one does.
         memory: this rank's snapshots; None: off.
+        peers: copies on other nodes; None: off, or there is one node only.
+        members: where every rank's ``peers`` listens.
         began_anew: whether no state of this run was found when it started.
         has_begun: whether :meth:`train` was called.
         first_state: the trainer's state and this rank's tensors before the first step, where it began anew.
@@ -84,6 +88,8 @@ class Trainer:
     cure: Cure | None = None
     guard: Guard | None = None
     memory: MemoryTier | None = None
+    peers: PeerTier | None = None
+    members: Sequence[Member] = ()
     began_anew: bool = False
     has_begun: bool = False
     first_state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
@@ -267,6 +273,16 @@ class Trainer:
         if self.guard is not None:
             self.guard.loaded(step)
         return step
+
+    def give_memory_back(self) -> None:
+        """Do without snapshots from here on: what they hold is on the disk, or not wanted."""
+        if self.memory is not None:
+            self.memory.wait()
+            if self.peers is not None:
+                self.peers.wait()
+                self.peers.remove()
+            self.memory.remove()
+        self.memory = self.peers = None
 
     def forget_times(self) -> None:
         """Of steps that were not logged: they are given up."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from parallel.engines.base import forget_gathered
 from parallel.errors import ConfigError
 from trainer.checkpoint.election import Election
 from trainer.checkpoint.memory import Claim, check_claims, rank_tensors_of
+from trainer.checkpoint.peer import Member, PeerTier, address_towards
 from trainer.checkpoint.resume import Checkpoint, open_checkpoint, warn_skipped
 from trainer.checkpoint.timeline import Timelines
 from trainer.checkpoint.vote import Tier
@@ -37,6 +40,7 @@ def begin(trainer: Trainer, generation: int, device: torch.device) -> None:
     """
     mine = Timelines.read(trainer.run_dir) if trainer.rank == 0 else None
     trainer.timelines = _gather(trainer, mine)[0]
+    _meet_peers(trainer)
     loaded = _load(trainer, None)
     trainer.link_best()
     alarms = loaded.alarms + _reserve(trainer)
@@ -88,7 +92,14 @@ class _Loaded:
 def _load(trainer: Trainer, at_most: int | None) -> _Loaded:
     """Agree on a state, take it over, and begin a timeline there. Collective."""
     began = time.perf_counter()
-    election = Election(trainer.checkpoints.directory, trainer.timelines, trainer.control, trainer.memory)
+    election = Election(
+        trainer.checkpoints.directory,
+        trainer.timelines,
+        trainer.control,
+        trainer.memory,
+        trainer.peers,
+        trainer.members,
+    )
     slices, rank_tensors = list(trainer.engine.named_state()), rank_tensors_of(trainer.stepper.device)
     choice = election.run(slices, rank_tensors, at_most)
     checkpoint, path = election.checkpoint, ""
@@ -164,6 +175,21 @@ def _open_origin(trainer: Trainer, alarms: list[Alarm]) -> Checkpoint:
     return found or open_checkpoint(Path(path), verify=False)
 
 
+def _meet_peers(trainer: Trainer) -> None:
+    """Where the ranks are on several hosts: everyone learns where the others listen. Collective."""
+    memory = trainer.memory
+    if memory is None or trainer.config.checkpoint.peer_every == 0:
+        return
+    host = socket.gethostname()
+    told = _gather(trainer, (host, secrets.token_hex(16)))
+    if len({name for name, _ in told}) == 1:
+        return
+    plan = memory.plan(list(trainer.engine.named_state()), rank_tensors_of(trainer.stepper.device))
+    address = address_towards(os.environ["MASTER_ADDR"])
+    trainer.peers = PeerTier(memory, address, token=told[0][1])
+    trainer.members = _gather(trainer, Member(host, address, trainer.peers.port, plan.room))
+
+
 def _reserve(trainer: Trainer) -> list[Alarm]:
     """Reserve the memory of all slots, or do without where they were not asked for. Collective.
 
@@ -174,11 +200,16 @@ def _reserve(trainer: Trainer) -> list[Alarm]:
     if memory is None:
         return []
     slices, rank_tensors = list(trainer.engine.named_state()), rank_tensors_of(trainer.stepper.device)
-    claims: list[Claim] = _gather(trainer, memory.claim(socket.gethostname(), slices, rank_tensors))
+    peers, claim = trainer.peers, memory.claim(socket.gethostname(), slices, rank_tensors)
+    if peers is not None:
+        claim = replace(claim, missing=claim.missing + peers.missing(trainer.rank, trainer.members))
+    claims: list[Claim] = _gather(trainer, claim)
     error = check_claims(claims)
     if error is None:
         try:
             memory.prepare(trainer.stepper.device)
+            if peers is not None:
+                peers.join(trainer.rank, trainer.members)
         except ConfigError as mine:
             error = mine
         told = _gather(
@@ -189,8 +220,7 @@ def _reserve(trainer: Trainer) -> list[Alarm]:
         return []
     if trainer.config.checkpoint.memory_every > 0:
         raise error
-    memory.remove()
-    trainer.memory = None
+    trainer.give_memory_back()
     trainer.cadence.every, trainer.cadence.automatic = 0, False
     return [("memory_tier", f"no snapshots in memory: {error}")]
 

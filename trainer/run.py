@@ -116,8 +116,7 @@ def run_worker(
     except BaseException:
         trainer.log.close(complain=False)
         raise
-    if trainer.memory is not None:
-        trainer.memory.remove()  # all is on the disk; a run that dies leaves them for its restart
+    trainer.give_memory_back()  # all is on the disk; a run that dies leaves it for its restart
     trainer.log.close()
     return finished
 
@@ -234,8 +233,12 @@ def _build_memory(config: RunConfig, run_dir: Path, place: Place, dims: Parallel
     lease = Lease(folder, run_dir)
     if place.local_rank == 0:
         clean(folder.parent, folder)
+    all_sent = checkpoint.peer_every in (-1, 0, checkpoint.memory_every)
+    num_slots = max(
+        checkpoint.memory_slots, 3 if all_sent else 5
+    )  # two that peers have, beside the newest three
     layout = f"{dims} of {place.world_size} ranks, {config.engine.name.value}"
-    return MemoryTier(lease, place.rank, place.world_size, place.generation, layout, checkpoint.memory_slots)
+    return MemoryTier(lease, place.rank, place.world_size, place.generation, layout, num_slots)
 
 
 def _prove_shared(directory: Path, place: Place, control: dist.ProcessGroup) -> None:

@@ -79,14 +79,20 @@ def take_snapshot(trainer: Trainer) -> None:
     """Copy this rank's state to the memory tier, where there is one. No collective."""
     if trainer.memory is None:
         return
+    began, peers, peer_every = time.perf_counter(), trainer.peers, trainer.config.checkpoint.peer_every
+    sent = peers is not None and (peer_every < 0 or trainer.state.step % peer_every == 0)
+    if sent and peers is not None:
+        trainer.memory.wait()
+        peers.wait()
     trainer.memory.snapshot(
         trainer.state.step,
         list(trainer.engine.named_state()),
         rank_tensors_of(trainer.stepper.device),
         trainer_state(trainer),
         trainer.timelines,
+        peers.send if sent and peers is not None else None,
     )
-    trainer.cadence.copied(trainer.memory.stall_seconds)
+    trainer.cadence.copied(time.perf_counter() - began)
 
 
 def apply_state(trainer: Trainer, saved: Mapping[str, Any], rank_tensors: Mapping[str, Tensor]) -> str:

@@ -42,6 +42,15 @@ def check_survival(config: RunConfig) -> None:
         "steps, 0 for no snapshots in memory, or -1 for as often as costs 2 % of the time",
         "checkpoint.memory_every=-1",
     )
+    peer, memory = checkpoint.peer_every, checkpoint.memory_every
+    require(
+        peer in (-1, 0) or (peer > 0 and memory > 0 and peer % memory == 0),
+        "checkpoint.peer_every",
+        peer,
+        f"snapshots are copied, and checkpoint.memory_every={memory} takes them: -1 (each), 0 (none), or a multiple "
+        "of it where that is above 0",
+        "checkpoint.peer_every=-1",
+    )
     require(
         checkpoint.memory_slots >= 3,
         "checkpoint.memory_slots",

@@ -13,6 +13,7 @@ from torch import Tensor
 from parallel.engines.base import StateSlice
 from trainer.checkpoint.format import InvalidCheckpoint
 from trainer.checkpoint.memory import MemoryTier
+from trainer.checkpoint.peer import Member, PeerTier
 from trainer.checkpoint.resume import Checkpoint, candidates, none_valid, open_checkpoint, warn_skipped
 from trainer.checkpoint.timeline import Timelines
 from trainer.checkpoint.vote import Ballot, Choice, Snapshot, Tier, choose
@@ -26,6 +27,8 @@ class Election:
         timelines: of the run, the same on every rank.
         control: a group over all ranks for small facts.
         memory: this rank's snapshots; None: off, on every rank.
+        peers: what it keeps for other nodes; None: off, on every rank.
+        members: where every rank's peer tier listens.
 
     Attributes:
         checkpoint: what was found, if it is one; verified by rank 0.
@@ -33,9 +36,15 @@ class Election:
     """
 
     def __init__(
-        self, directory: Path, timelines: Timelines, control: dist.ProcessGroup, memory: MemoryTier | None
+        self,
+        directory: Path,
+        timelines: Timelines,
+        control: dist.ProcessGroup,
+        memory: MemoryTier | None,
+        peers: PeerTier | None = None,
+        members: Sequence[Member] = (),
     ) -> None:
-        self.timelines, self.memory = timelines, memory
+        self.timelines, self.memory, self.peers, self.members = timelines, memory, peers, members
         self.checkpoint: Checkpoint | None = None
         self.alarms: list[tuple[str, str]] = []
         self._directory, self._control = directory, control
@@ -62,7 +71,7 @@ class Election:
                 if self._faults:
                     raise none_valid(self._directory, self._faults)
                 return None
-            answers = self._gather(self._verify(choice))
+            answers = self._gather(self._verify(choice, layout))
             faults = [fault for fault, _ in answers if fault is not None]
             if not faults:
                 return self._settled(choice, answers[0][1])
@@ -71,20 +80,33 @@ class Election:
             ]
             if self._rank == 0 and choice.tier is Tier.durable:
                 self.checkpoint = next(durable, None)
+            if self.peers is not None and choice.tier is Tier.peer:
+                for rank, (fault, _) in enumerate(answers):
+                    if fault is not None and choice.holders[rank] == self._rank != rank:
+                        self.peers.drop(rank, choice.snapshot)
 
     def _ballot(self, layout: str) -> Ballot:
         ballot = Ballot(self.timelines.run, layout)
         if self.memory is not None:
             self.memory.wait()
             ballot = replace(ballot, own=self.memory.offers(self.timelines.run, layout))
+        if self.peers is not None:
+            self.peers.wait()
+            ballot = replace(ballot, held=self.peers.held(self.timelines.run))
         if self.checkpoint is not None:
             ballot = replace(ballot, durable=(Snapshot(self.checkpoint.step, self.checkpoint.timeline),))
         return ballot
 
-    def _verify(self, choice: Choice) -> tuple[str | None, str | None]:
+    def _verify(self, choice: Choice, layout: str) -> tuple[str | None, str | None]:
         """What is wrong with this rank's part, and from rank 0 the path of a checkpoint."""
         if choice.tier is not Tier.durable:
             assert self.memory is not None
+            holder = choice.holders[self._rank]
+            if holder != self._rank:
+                assert self.peers is not None
+                return self.peers.fetch(
+                    choice.snapshot, layout, self.timelines.run, self.members[holder]
+                ), None
             return self.memory.fault(choice.snapshot), None
         if self.checkpoint is None:
             return None, None

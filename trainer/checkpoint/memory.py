@@ -1,7 +1,7 @@
 """The memory tier: every few steps a rank's whole state is copied into a mapped file that outlives the process.
 
     training thread   copy into the oldest slot ─┐ returns
-    sealing thread                               └ checksum → header → `on_sealed` (the peer tier)
+    sealing thread                               └ checksum → header → the peer tier (trainer/checkpoint/peer.py)
 
 No collective is issued. A snapshot counts once its header is sealed; which one all ranks have is found at the next
 start (trainer/checkpoint/vote.py). With three slots there is always a common one: while a rank overwrites its
@@ -41,8 +41,6 @@ class MemoryTier:
         num_slots: at least 3.
 
     Attributes:
-        on_sealed: told each slot when it is sealed, by the sealing thread; the slot is not overwritten while
-            ``busy`` is above 0.
         stall_seconds: what the newest snapshot cost training.
     """
 
@@ -53,7 +51,7 @@ class MemoryTier:
         self.rank, self.world_size, self.generation = rank, world_size, generation
         self._layout = layout
         self.slots = [Slot(lease.folder / f"rank-{rank:05d}.slot-{index}") for index in range(num_slots)]
-        self.on_sealed: Callable[[Slot], None] = lambda slot: None
+        self._sent: list[int] = []
         self.stall_seconds = 0.0
         self._plan: Plan | None = None
         self._sealer = ThreadPoolExecutor(1, "muster-seal")
@@ -96,6 +94,7 @@ class MemoryTier:
         rank_tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         timelines: Timelines,
+        on_sealed: Callable[[Slot], None] | None = None,
     ) -> None:
         """Copy the state into a slot; returns as soon as it may change again.
 
@@ -105,6 +104,8 @@ class MemoryTier:
             rank_tensors: its own tensors (RNG state).
             state: the trainer's, as JSON values.
             timelines: of the run; the newest is the snapshot's.
+            on_sealed: told the slot when it is sealed, by the sealing thread; it is not overwritten while ``busy``
+                is above 0. The newest two snapshots that have one stay longest: peers have no others.
 
         Raises:
             OSError: sealing the one before failed.
@@ -114,6 +115,8 @@ class MemoryTier:
         plan = self.plan(slices, rank_tensors)
         slot = self._next_slot(timelines)
         slot.unseal()
+        if on_sealed is not None:
+            self._sent = [*self._sent[-1:], step]
         sources = [*(piece.tensor for piece in slices), *rank_tensors.values()]
         # One call: for hundreds of small tensors Python costs more than the copies.
         torch._foreach_copy_(slot.views(plan), sources, non_blocking=True)
@@ -124,17 +127,17 @@ class MemoryTier:
         )  # fmt: skip
         if any(source.is_cuda for source in sources):
             torch.cuda.current_stream().synchronize()
-        self._sealing = self._sealer.submit(self._seal, slot, header, plan.table, text)
+        self._sealing = self._sealer.submit(self._seal, slot, header, plan.table, text, on_sealed)
         self.stall_seconds = time.perf_counter() - began
 
     def _next_slot(self, timelines: Timelines) -> Slot:
         """What is of no use, else the oldest."""
 
-        def worth(slot: Slot) -> tuple[bool, int]:
+        def worth(slot: Slot) -> tuple[bool, bool, int]:
             header = slot.header
             if header is None or header.run != timelines.run:
-                return False, -1
-            return timelines.counts(header.step, header.timeline), header.step
+                return False, False, -1
+            return timelines.counts(header.step, header.timeline), header.step in self._sent, header.step
 
         while True:
             free = [slot for slot in self.slots if not slot.busy]
@@ -142,11 +145,14 @@ class MemoryTier:
                 return min(free, key=worth)
             time.sleep(0.001)  # every slot is being sent: only with slots fewer than senders
 
-    def _seal(self, slot: Slot, header: Header, table: bytes, text: bytes) -> None:
+    def _seal(
+        self, slot: Slot, header: Header, table: bytes, text: bytes, on_sealed: Callable[[Slot], None] | None
+    ) -> None:
         slot.write_texts(header, table, text)
         slot.seal(replace(header, checksum=slot.checksum(header)))
         self.lease.touch()
-        self.on_sealed(slot)
+        if on_sealed is not None:
+            on_sealed(slot)
 
     def wait(self) -> None:
         """Until the newest snapshot is sealed. Raises OSError if it could not be."""
