@@ -47,8 +47,8 @@ def check_survival(config: RunConfig) -> None:
         peer in (-1, 0) or (peer > 0 and memory > 0 and peer % memory == 0),
         "checkpoint.peer_every",
         peer,
-        f"snapshots are copied, and checkpoint.memory_every={memory} takes them: -1 (each), 0 (none), or a multiple "
-        "of it where that is above 0",
+        f"snapshots are copied, and checkpoint.memory_every={memory} takes them: -1 (each), 0 (none) or, "
+        "where that is above 0, a multiple of it",
         "checkpoint.peer_every=-1",
     )
     require(

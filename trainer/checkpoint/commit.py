@@ -20,7 +20,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,6 +173,7 @@ def assemble(attempt: Attempt, parts: list[Part], trainer: dict[str, Any], info:
     for name, entry in tensors.items():
         if fault := cover_fault(entry.global_shape, [chunk.box for chunk in entry.chunks]):
             raise _refused(name, fault)
+    _check_slots(tensors)
     return Manifest(
         step=attempt.step,
         world_size=len(parts),
@@ -183,6 +184,29 @@ def assemble(attempt: Attempt, parts: list[Part], trainer: dict[str, Any], info:
         tensors=tensors,
         rank_tensors={str(part.rank): part.rank_tensors for part in parts if part.rank_tensors},
     )
+
+
+def _check_slots(names: Iterable[str]) -> None:
+    """Every parameter has every optimizer slot: one that no rank names has no elements that could be missed.
+
+    Raises:
+        StorageError: a slot of a parameter is missing.
+    """
+    slots: dict[str, set[str]] = {}
+    for name in names:
+        if name.startswith("optim."):
+            slot, _, parameter = name.removeprefix("optim.").partition(".")
+            if parameter:  # else it is one for all parameters
+                slots.setdefault(slot, set()).add(parameter)
+    everyone = set().union(*slots.values())
+    for slot, parameters in sorted(slots.items()):
+        for parameter in sorted(everyone - parameters)[:1]:
+            raise _refused(
+                f"optim.{slot}.{parameter}", "no rank holds it, and other slots of that parameter are there"
+            )
+    weights = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    for parameter in sorted(everyone - weights)[:1]:
+        raise _refused(f"model.{parameter}", "no rank holds it, and its optimizer slots are there")
 
 
 def publish(attempt: Attempt, manifest: Manifest) -> None:

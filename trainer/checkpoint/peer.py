@@ -5,8 +5,8 @@
              rank 2 ──▶ rank 0   node a
 
 At a start every rank says in the vote what it holds for others; a rank whose own memory is gone fetches its
-snapshot from there. A body has the checksum of its slot's header, taken where the snapshot was made and checked where it is
-kept and again where it is used. Only who knows the token of this generation is listened to.
+snapshot from there. A body has the checksum of its slot's header, taken where the snapshot was made and checked
+where it is kept and again where it is used. Only who knows the token of this generation is listened to.
 
 One snapshot is on its way at a time; the next one to be sent waits for it. So all ranks hold, and all peers have
 been given, the same steps: the newest that was sent and the one before it stay in memory until a later one is

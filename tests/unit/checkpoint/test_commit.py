@@ -97,6 +97,18 @@ def refused(directory: Path, layout: list[list[StateSlice]]) -> StorageError:
     return errors[0]
 
 
+def test_a_tensor_that_no_rank_names_is_refused(tmp_path: Path) -> None:
+    def part(name: str) -> StateSlice:
+        return slice_of(name, torch.ones(4), ((0,), (4,)))
+
+    slots = [f"optim.{slot}.experts.{index}" for slot in ("exp_avg", "exp_avg_sq") for index in range(3)]
+    names = [*(f"model.experts.{index}" for index in range(3)), *slots]
+    save(tmp_path, 1, [[part(name) for name in names]])
+    for name in ("optim.exp_avg_sq.experts.1", "optim.exp_avg.experts.0", "model.experts.2"):
+        error = refused(tmp_path, [[part(other) for other in names if other != name]])
+        assert error.value == name and "no rank holds it" in error.relation
+
+
 def test_a_missing_expert_or_optimizer_slot_is_refused(tmp_path: Path) -> None:
     state = sample_state()
     save(tmp_path, 1, one_process(state))
