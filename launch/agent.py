@@ -106,6 +106,10 @@ class Group(Protocol):
         """The signal that somebody other than this process was given to stop the run."""
         ...
 
+    def regroup(self) -> str | None:
+        """Why the workers are to save and start again in another layout: nodes have come. None: they are not."""
+        ...
+
     def terminate(self) -> None:
         """Ask every worker to save and go."""
         ...
@@ -126,6 +130,7 @@ class Incomplete(Exception):
 class _End(enum.Enum):
     done = "done"
     stopped = "stopped"
+    regrouped = "regrouped"
     failed = "failed"
 
 
@@ -139,6 +144,7 @@ class Agent:
         max_restarts: consecutive failures without a newer checkpoint that are answered by a restart.
         stop_grace_seconds: how long workers may take to save after Ctrl-C or SIGTERM.
         say: shows the user a line.
+        blame: told of every failure.
     """
 
     def __init__(
@@ -148,7 +154,9 @@ class Agent:
         max_restarts: int,
         stop_grace_seconds: float,
         say: Callable[[str], None] = print,
+        blame: Callable[[Failure], None] = lambda failure: None,
     ) -> None:
+        self._blame = blame
         self.run_directory, self._start = run, start
         self.budget = RestartBudget(max_restarts, run.newest_checkpoint())
         self.stop_grace_seconds = stop_grace_seconds
@@ -183,6 +191,9 @@ class Agent:
                 # The group is dead here.
                 if end is _End.done:
                     return Outcome(EXIT_DONE)
+                if end is _End.regrouped:
+                    generation += 1
+                    continue
                 if end is _End.stopped:
                     saved = all(code in (EXIT_DONE, EXIT_STOPPED) for code in group.codes())
                     return self._stopped(saved)
@@ -190,6 +201,7 @@ class Agent:
                 if failure.exit_code == EXIT_CONFIG:
                     return Outcome(EXIT_CONFIG, failure.cause)
                 self._record_failure(failure, generation)
+                self._blame(failure)
                 if stopped_by is not None or self.stop.cause is not None:
                     return self._stopped(saved=False)
                 if failure.exit_code == EXIT_GAVE_UP:
@@ -205,13 +217,20 @@ class Agent:
     def _watch(self, group: Group) -> _End:
         """Until the group has ended in one way or another; returns at the first failure."""
         deadline: float | None = None
+        regroup: str | None = None
         while True:
             codes = group.codes()
+            cause = self.stop.cause or group.asked_to_stop()
+            left = _End.stopped if regroup is None or cause is not None else _End.regrouped
             if has_failed(codes):
                 return _End.failed
             if None not in codes:
-                return _End.done if set(codes) == {EXIT_DONE} else _End.stopped
-            cause = self.stop.cause or group.asked_to_stop()
+                return _End.done if set(codes) == {EXIT_DONE} else left
+            if deadline is None and cause is None and (regroup := group.regroup()) is not None:
+                self._say(f"{regroup}: saving, then starting again.")
+                self._event("regroup", reason=regroup)
+                group.terminate()
+                deadline = time.monotonic() + self.stop_grace_seconds
             if deadline is None and (cause is not None or EXIT_STOPPED in codes):
                 self._say(f"{cause or 'A worker'}: saving, then stopping. Ctrl-C again stops at once.")
                 group.terminate()
@@ -221,7 +240,7 @@ class Agent:
                 return _End.stopped
             if deadline is not None and time.monotonic() > deadline:
                 self._say(f"Not saved within resilience.stop_grace_seconds={self.stop_grace_seconds:g}.")
-                return _End.stopped
+                return left
             time.sleep(_POLL_SECONDS)
 
     def _settled(self, group: Group) -> Failure | None:

@@ -47,6 +47,7 @@ class Hello:
         num_workers: ranks it will run.
         fingerprint: versions and code, as :func:`trainer.environment.fingerprint` tells them.
         asked: the config it was started with, flat: ``optim.lr`` → 0.001.
+        address, port: of a store that it hosts, for the day when it leads.
     """
 
     host: str
@@ -55,6 +56,8 @@ class Hello:
     device: str
     fingerprint: dict[str, str]
     asked: dict[str, Any]
+    address: str = ""
+    port: int = 0
 
     def check_alike(self, other: Hello, configs: bool) -> None:
         """Compare another node with this one.
@@ -132,12 +135,16 @@ class Order:
 
     Attributes:
         do: ``prepare`` (look at the run directory, get the data), ``start`` a generation, ``terminate`` the
-            workers (ask them to save), ``kill`` them, ``leave`` (end).
+            workers (ask them to save), ``kill`` them, ``leave`` (end); ``roster``: who takes over from node 0, in
+            order; ``succeed``: node 0 leaves, do so now.
         ranks: agent id → node rank, of those who are meant.
         run_dir, token: for ``prepare``: the directory, and what its token file holds.
         generation: for ``start`` and ``kill``.
+        num_nodes: for ``start``: of the layout, whose config is then in force.
         check_exchanges: for ``start``: the workers compare each exchange with their peers.
-        code, message: for ``leave``: how the command ends.
+        code, message: for ``leave``: how the command ends; for ``succeed``: why.
+        roster: [agent id, host, node rank] of each node, first the one that takes over first.
+        term: for ``roster``: :class:`trainer.terms.Term` of the leader, as a dict.
     """
 
     do: str
@@ -145,9 +152,12 @@ class Order:
     run_dir: str = ""
     token: str = ""
     generation: int = -1
+    num_nodes: int = -1
     check_exchanges: bool = False
     code: int = 0
     message: str = ""
+    roster: list[tuple[int, str, int]] = field(default_factory=list)
+    term: dict[str, Any] = field(default_factory=dict)
 
 
 class Link(threading.Thread):
@@ -185,8 +195,13 @@ class Link(threading.Thread):
         """Why node 0 cannot be heard any more; None while it can."""
         if self._error is not None:
             return self._error
-        silent = time.monotonic() - self._heard
+        silent = self.silent_seconds
         return f"no answer for {silent:.0f} s" if silent > self._timeout else None
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the last answer."""
+        return time.monotonic() - self._heard
 
     def tell(self, status: Status) -> None:
         """Send this status soon."""

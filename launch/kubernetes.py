@@ -30,7 +30,7 @@ from parallel.errors import ConfigError
 from trainer import overrides as grammar
 from trainer.compose import write_atomically
 from trainer.config import RunConfig
-from trainer.config_launcher import KubernetesConfig, KubernetesKind
+from trainer.config_launcher import KubernetesConfig, KubernetesKind, num_hosts
 
 CONTAINER = "muster"
 _RUNTIME_PART = "node"
@@ -126,7 +126,7 @@ def _job(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
     launcher, kubernetes, name = config.launcher, config.launcher.kubernetes, object_name(config)
     node = {}
     pod: dict[str, Any] = {"restartPolicy": "Never"}
-    if launcher.nnodes > 1:
+    if num_hosts(launcher) > 1:
         first = f"{name}-0.{name}"
         node = {"launcher.master_addr": first, "launcher.node_rank": "$(JOB_COMPLETION_INDEX)"}
         pod |= {
@@ -135,7 +135,7 @@ def _job(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
                 {
                     "name": "wait-for-all-nodes",
                     "image": kubernetes.image,
-                    "command": ["sh", "-c", _wait_for_names(name, launcher.nnodes)],
+                    "command": ["sh", "-c", _wait_for_names(name, num_hosts(launcher))],
                 }
             ],
         }
@@ -172,10 +172,10 @@ def _job(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
         "metadata": _metadata(config),
         "spec": {
             "completionMode": "Indexed",
-            "completions": launcher.nnodes,
-            "parallelism": launcher.nnodes,
+            "completions": num_hosts(launcher),
+            "parallelism": num_hosts(launcher),
             # One failure of the run is a failure of every pod.
-            "backoffLimit": kubernetes.max_restarts * launcher.nnodes,
+            "backoffLimit": kubernetes.max_restarts * num_hosts(launcher),
             "podFailurePolicy": {"rules": failure_rules},
             "template": {"metadata": {"labels": _metadata(config)["labels"]}, "spec": pod},
         },
@@ -192,7 +192,7 @@ def _wait_for_names(name: str, nnodes: int) -> str:
 def _train_job(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
     launcher, kubernetes = config.launcher, config.launcher.kubernetes
     node = {}
-    if launcher.nnodes > 1:
+    if num_hosts(launcher) > 1:
         node = {
             "launcher.master_addr": "$(PET_MASTER_ADDR)",
             "launcher.master_port": "$(PET_MASTER_PORT)",
@@ -220,7 +220,7 @@ def _train_job(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
                 "command": ["muster"],
                 "args": _arguments(config, overrides, node),
                 "env": _env(config),
-                "numNodes": launcher.nnodes,
+                "numNodes": num_hosts(launcher),
                 "numProcPerNode": launcher.nproc_per_node,
                 "resourcesPerNode": _resources(kubernetes),
             },

@@ -13,12 +13,13 @@ from launch.agent import Agent, Incomplete
 from launch.cluster import Cluster
 from launch.cluster_group import starter
 from launch.outcome import EXIT_CONFIG, EXIT_STOPPED, Outcome
-from launch.standby import standby_for
+from launch.standby import Standby, standby_for
 from launch.view import RunView
 from launch.workers import Plan, worker_command
 from parallel.errors import ConfigError
 from trainer.compose import absolute_paths
 from trainer.config import Device, Machine, RunConfig, resolve
+from trainer.config_launcher import num_nodes
 from trainer.environment import count_gpus, describe
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
 from trainer.network import socket_interface
@@ -70,14 +71,18 @@ def check_data(config: RunConfig, console: Console) -> None:
         prepare_data(config)
 
 
-def worker_plan(run: RunDirectory, config: RunConfig, node_rank: int, port: int) -> Plan:
-    """What a node starts. ``port``: of the store, on node 0 or, for a single node, on this one."""
-    launcher = config.launcher
+def worker_plan(run: RunDirectory, config: RunConfig, node_rank: int, port: int, leader: str = "") -> Plan:
+    """What a node starts.
+
+    Args:
+        port: of the store, on node 0 or, for a single node, on this one.
+        leader: address of node 0.
+    """
+    launcher, nodes = config.launcher, num_nodes(config.launcher)
     env = {"OMP_NUM_THREADS": str(config.train.num_threads)}
     host = "127.0.0.1"
-    if launcher.nnodes > 1:
-        assert launcher.master_addr is not None
-        host = launcher.master_addr
+    if nodes > 1:
+        host = leader
         env |= socket_interface(host)
     return Plan(
         command=worker_command(run.config_path),
@@ -87,35 +92,46 @@ def worker_plan(run: RunDirectory, config: RunConfig, node_rank: int, port: int)
         master_port=port,
         heartbeat_seconds=config.resilience.heartbeat_seconds,
         first_rank=node_rank * launcher.nproc_per_node,
-        world_size=launcher.nnodes * launcher.nproc_per_node,
+        world_size=nodes * launcher.nproc_per_node,
     )
 
 
-def run_here(run: RunDirectory, config: RunConfig, console: Console, cluster: Cluster | None) -> Outcome:
+def run_here(
+    run: RunDirectory,
+    config: RunConfig,
+    console: Console,
+    cluster: Cluster | None,
+    standby: Standby | None = None,
+) -> Outcome:
     """Train the frozen run to its end under an agent, then write the report and the summary.
 
     Args:
         cluster: the run's nodes; None: this one alone.
+        standby: of this node, where there is one already; it is left as it is.
 
     Raises:
         ConfigError: a node cannot work.
     """
-    with run.lock(), ExitStack() as stack:
-        standby = standby_for(
-            config, run.path, lambda line: console.print(line, markup=False, soft_wrap=True)
-        )
-        if standby is not None:
-            stack.enter_context(standby)
+    inherited = cluster is not None and cluster.inheritance is not None
+    patience = config.resilience.node_timeout_seconds if inherited else None
+    with run.lock(patience), ExitStack() as stack:
+        if standby is None:
+            standby = standby_for(
+                config, run.path, lambda line: console.print(line, markup=False, soft_wrap=True)
+            )
+            if standby is not None:
+                stack.enter_context(standby)
         with console.status("Starting…"):
             run.write_environment(describe(config, sys.argv))
-            port = config.launcher.master_port
-            if cluster is None:
+            if cluster is not None:
+                leader, port = cluster.address
+                cluster.begin(run, config)
+            else:
                 import torch.distributed as dist
 
                 # Port 0: the kernel picks a free one. The server thread lives as long as this process.
                 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-                port = store.port
-        plan = replace(worker_plan(run, config, 0, port), standby=standby)
+                leader, port = "127.0.0.1", store.port
         if cluster is not None:
             try:
                 cluster.prepare(run.path)
@@ -123,8 +139,19 @@ def run_here(run: RunDirectory, config: RunConfig, console: Console, cluster: Cl
                 return Outcome(EXIT_STOPPED, f"Stopped before the start ({cluster.asked_to_stop()}).")
         with RunView(run.path, config, console) as view:
             resilience = config.resilience
-            start = plan.starter(run.path) if cluster is None else starter(cluster, plan, run.path)
-            agent = Agent(run, start, resilience.max_restarts, resilience.stop_grace_seconds, say=view.say)
+
+            def plan(layout: RunConfig) -> Plan:
+                return replace(worker_plan(run, layout, 0, port, leader), standby=standby)
+
+            start = plan(config).starter(run.path) if cluster is None else starter(cluster, plan, run.path)
+            agent = Agent(
+                run,
+                start,
+                resilience.max_restarts,
+                resilience.stop_grace_seconds,
+                say=view.say,
+                blame=cluster.blame if cluster is not None else lambda failure: None,
+            )
             if cluster is not None:
                 cluster.stopped = lambda: agent.stop.cause is not None
             outcome = agent.run()

@@ -9,14 +9,17 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from launch.charge import Deposed
 from launch.cluster import Cluster, lead
 from launch.control import Hello
 from launch.follower import follow
-from launch.outcome import Outcome
+from launch.outcome import EXIT_GAVE_UP, Outcome
+from launch.succession import find_leader
 from parallel.errors import ConfigError
 from trainer.config import RunConfig, require
+from trainer.config_launcher import num_hosts
 from trainer.environment import fingerprint
-from trainer.network import is_local
+from trainer.network import address_towards, is_local, serve
 
 
 def on_nodes(
@@ -33,7 +36,7 @@ def on_nodes(
     Raises:
         ConfigError: the launcher's fields do not fit, a node cannot be reached, or the nodes are not alike.
     """
-    if config.launcher.nnodes == 1:
+    if num_hosts(config.launcher) == 1:
         return work(None)
     _check(config)
     _import_quiet_torch()
@@ -41,6 +44,15 @@ def on_nodes(
     leads = node_rank == 0 or (node_rank is None and is_local(str(config.launcher.master_addr)))
     config.launcher.node_rank = asked.launcher.node_rank = None
     prints = fingerprint()
+    launcher = config.launcher
+    given = (str(launcher.master_addr), launcher.master_port)
+    leader = find_leader(config)
+    leads = leads and leader is None
+    own_store, place = None, given
+    if not leads:
+        own_store = serve("0.0.0.0", 0, "launcher.master_port")
+        towards = given[0] if leader is None else leader.address
+        place = (address_towards(towards) or towards, own_store.port)
     mine = Hello(
         host=prints["host"],
         node_rank=0 if leads else node_rank,
@@ -48,12 +60,17 @@ def on_nodes(
         device=config.device.value,
         fingerprint=prints,
         asked=flat(OmegaConf.to_container(OmegaConf.structured(asked), enum_to_str=True)),
+        address=place[0],
+        port=place[1],
     )
-    if not leads:
-        return follow(config, mine, console)
-    with lead(config, mine, lambda line: console.print(line, markup=False, soft_wrap=True)) as cluster:
-        cluster.outcome = work(cluster)
-        return cluster.outcome
+    try:
+        if own_store is not None:
+            return follow(config, mine, console, own_store, leader)
+        with lead(config, mine, lambda line: console.print(line, markup=False, soft_wrap=True)) as cluster:
+            cluster.outcome = work(cluster)
+            return cluster.outcome
+    except Deposed as lost:
+        return Outcome(EXIT_GAVE_UP, f"This node does not lead any more and ends: {lost}.")
 
 
 def _import_quiet_torch() -> None:
@@ -76,13 +93,13 @@ def _check(config: RunConfig) -> None:
             f"launcher.nnodes={launcher.nnodes} nodes find each other at node 0",
             "launcher.master_addr=HOST of node 0, the same on every node",
         )
-    rank = launcher.node_rank
+    rank, hosts = launcher.node_rank, num_hosts(launcher)
     require(
-        rank is None or 0 <= rank < launcher.nnodes,
+        rank is None or 0 <= rank < hosts,
         "launcher.node_rank",
         rank,
-        f"is at least 0 and below launcher.nnodes = {launcher.nnodes}",
-        f"launcher.node_rank={launcher.nnodes - 1}",
+        f"is at least 0 and below launcher.nnodes + launcher.spares = {hosts}",
+        f"launcher.node_rank={hosts - 1}",
     )
     require(
         0 < launcher.master_port < 65536,

@@ -153,7 +153,7 @@ def _set(config: RunConfig, key: str, value: Any) -> None:
 
 def _at_its_place(run: RunDirectory) -> RunConfig:
     """The run's config, with run.* saying where the directory is now (it may have been moved)."""
-    config = run.config()
+    config = run.full_config()
     if RunDirectory.of(config).path != run.path:
         config.run.root = str(run.path.parent.parent)
         config.run.name, config.run.id = run.path.parent.name, run.path.name

@@ -23,7 +23,7 @@ from launch.outcome import EXIT_STOPPED, Outcome
 from parallel.errors import ConfigError
 from trainer.compose import write_atomically
 from trainer.config import RunConfig
-from trainer.config_launcher import LauncherConfig
+from trainer.config_launcher import LauncherConfig, num_hosts
 from trainer.rundir import RunDirectory
 
 SCRIPT = "job.sbatch"
@@ -46,14 +46,15 @@ def batch_script(config: RunConfig, run_dir: Path) -> str:
     lines += ["", f"run_dir={shlex.quote(str(run_dir))}", *_START]
     arguments = ['"$run_dir"']
     command = 'exec muster resume "$@"'
-    if launcher.nnodes > 1:
+    hosts = num_hosts(launcher)
+    if hosts > 1:
         lines += _HEAD
         lines.append(_port(launcher))
         arguments += ['launcher.master_addr="$address"', 'launcher.master_port="$port"']
         command += ' launcher.node_rank="$SLURM_NODEID"'
     wait = int(config.resilience.stop_grace_seconds) + _LEAVE_SECONDS
     srun = [
-        f"srun --nodes={launcher.nnodes} --ntasks={launcher.nnodes} --ntasks-per-node=1",
+        f"srun --nodes={hosts} --ntasks={hosts} --ntasks-per-node=1",
         # From 22.05 on, srun does not take this over from the job.
         f"--cpus-per-task={slurm.cpus_per_node}",
         # The first agent to leave with 75 must not be the others' death: they leave together.
@@ -69,7 +70,7 @@ def batch_script(config: RunConfig, run_dir: Path) -> str:
 def _directives(config: RunConfig, run_dir: Path) -> Iterator[str]:
     launcher, slurm = config.launcher, config.launcher.slurm
     yield f"--job-name={_word(f'{config.run.name}/{config.run.id}')}"
-    yield f"--nodes={launcher.nnodes}"
+    yield f"--nodes={num_hosts(launcher)}"
     yield "--ntasks-per-node=1"
     yield f"--cpus-per-task={slurm.cpus_per_node}"
     if slurm.gpus_per_node:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rich.console import Console
 from launch.agent import StopRequest
 from launch.outcome import EXIT_CONFIG, EXIT_DONE, EXIT_GAVE_UP, EXIT_STOPPED, Outcome
 from parallel.errors import ConfigError
-from trainer.config_launcher import LauncherConfig
+from trainer.config_launcher import LauncherConfig, num_hosts
 
 _OPTIONS = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15"]
 _FORWARDED = ("MUSTER_", "NCCL_", "GLOO_", "TORCH_", "HF_", "WANDB_", "PYTHONPATH")
@@ -92,15 +92,16 @@ def start_everywhere(launcher: LauncherConfig, payload: Payload, console: Consol
         ConfigError: the hostfile is wrong, or a host cannot be reached; the message names it.
     """
     hosts = read_hostfile(Path(str(launcher.hostfile)).expanduser())
-    nnodes = len(hosts) if launcher.nnodes == -1 else launcher.nnodes
-    if nnodes > len(hosts):
+    nnodes = len(hosts) - launcher.spares if launcher.nnodes == -1 else launcher.nnodes
+    needed = num_hosts(replace(launcher, nnodes=nnodes))
+    if needed > len(hosts):
         raise ConfigError(
             "launcher.nnodes",
-            nnodes,
+            f"{nnodes} + {launcher.spares} spare(s)" if launcher.spares else nnodes,
             f"{launcher.hostfile} names {len(hosts)} host(s)",
             f"launcher.nnodes={len(hosts)}, or -1 for all of them",
         )
-    hosts = hosts[:nnodes]
+    hosts = hosts[:needed]
     fields: dict[str, Any] = {
         "nnodes": nnodes,
         "nproc_per_node": _processes(hosts, launcher),

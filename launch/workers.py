@@ -227,6 +227,10 @@ class WorkerGroup:
         """Who beside this process wants the run to stop: nobody."""
         return None
 
+    def regroup(self) -> str | None:
+        """Why it is to start again in another layout: it is one node's, and never is."""
+        return None
+
     @property
     def alive(self) -> list[Worker]:
         """Workers not known to have exited."""

@@ -18,7 +18,7 @@ from typing import Any
 from parallel.dims import ParallelDims, nearest
 from parallel.errors import ConfigError
 from trainer.config_chaos import ChaosConfig, ClusterConfig
-from trainer.config_launcher import LauncherConfig
+from trainer.config_launcher import LauncherConfig, num_nodes
 from trainer.config_moe import CureConfig, HealthConfig, LayoutConfig
 from trainer.config_survival import CheckpointConfig, GuardConfig, ResilienceConfig
 
@@ -263,6 +263,9 @@ class TrainConfig:
     """Sequences an optimizer step, over all ranks and micro-batches."""
     micro_batch: int = -1
     """Sequences a forward pass on one rank; -1: all of the rank's share."""
+    pad_batch: bool = False
+    """Where global_batch is not whole micro-batches on every rank, fill up with rows without targets, which change
+    no sum. Off, it is an error."""
     seq_len: int = 256
     seed: int = 0
     dtype: Dtype = Dtype.auto
@@ -346,7 +349,7 @@ class Machine:
 
 def world_size(config: RunConfig) -> int:
     """Ranks of a resolved config."""
-    return config.launcher.nnodes * config.launcher.nproc_per_node
+    return num_nodes(config.launcher) * config.launcher.nproc_per_node
 
 
 def parallel_dims(config: RunConfig) -> ParallelDims:
@@ -379,13 +382,7 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
         c.launcher.nproc_per_node = machine.num_gpus if c.device is Device.cuda else 1
     if c.train.num_threads == -1:
         c.train.num_threads = max(1, machine.num_cpus // max(1, c.launcher.nproc_per_node))
-    require(
-        c.launcher.nnodes >= 1,
-        "launcher.nnodes",
-        c.launcher.nnodes,
-        "there is at least one node (-1, every host of a hostfile, is for `muster train launcher=ssh`)",
-        "launcher.nnodes=1",
-    )
+    num_nodes(c.launcher)  # before the degrees, which a wrong number would make look wrong
     require(
         c.launcher.nproc_per_node >= 1,
         "launcher.nproc_per_node",
@@ -398,7 +395,7 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     check_ep(c, dims)  # before the batch, which an ep that cannot be would make look wrong
     if c.train.micro_batch == -1:
         check_batch(c, dims.dp)
-        c.train.micro_batch = c.train.global_batch // dims.dp
+        c.train.micro_batch = -(-c.train.global_batch // dims.dp)
     if c.model.head_dim == -1 and c.model.num_heads > 0:
         c.model.head_dim = c.model.dim // c.model.num_heads
     if c.model.vocab_size == -1 and c.data.tokenizer.path is None:
@@ -422,6 +419,8 @@ def require(holds: bool, name: str, value: object, relation: str, fix: str) -> N
 def check_batch(config: RunConfig, dp: int) -> None:
     """Raise ConfigError unless the global batch is whole micro-batches on every rank."""
     train = config.train
+    if train.pad_batch and train.global_batch > 0:
+        return
     micro = max(1, train.micro_batch)
     unit = micro * dp
     if train.global_batch % unit or train.global_batch < unit:
@@ -431,7 +430,7 @@ def check_batch(config: RunConfig, dp: int) -> None:
             "train.global_batch",
             train.global_batch,
             f"must be a multiple of {what}, so that every rank gets whole micro-batches",
-            f"train.global_batch={fitting}",
+            f"train.global_batch={fitting}, or train.pad_batch=true",
         )
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
+
+from parallel.errors import ConfigError
+
+_RANGE = re.compile(r"((?P<least>\d+):)?(?P<most>\d+)")
 
 
 @dataclass
@@ -81,8 +86,13 @@ class KubernetesConfig:
 @dataclass
 class LauncherConfig:
     name: str = "local"
-    nnodes: int = 1
-    """Under torchrun and the like, as many as it was launched on. launcher=ssh: -1 for every host of the file."""
+    nnodes: int | str = 1
+    """How many nodes; MIN:MAX (in YAML in quotes) goes on with fewer when some are lost. Under torchrun and the
+    like, as many as it was launched on. launcher=ssh: -1 for every host of the file."""
+    num_nodes: int = -1
+    """How many nodes the layout is for; -1: MAX of nnodes. Set by Muster in the configs of a run that lost some."""
+    spares: int = 0
+    """Nodes beyond nnodes that wait to take the place of a lost one."""
     nproc_per_node: int = -1
     """-1: one a GPU, or one where there is none."""
     node_rank: int | None = None
@@ -94,9 +104,52 @@ class LauncherConfig:
     """A TCP port of node 0 that the other nodes can reach."""
     join_timeout_seconds: float = 300.0
     """How long nodes wait for one another, at the start and for one that was lost."""
+    rejoin_seconds: float = 60.0
+    """nnodes=MIN:MAX: how long a lost node is waited for before the others go on without it."""
+    rendezvous: str | None = None
+    """Where it is written who leads the nodes, so that another takes over when node 0 is lost: etcd://HOST:PORT;
+    null: the run directory."""
     hostfile: str | None = None
     """launcher=ssh: a line a node, `HOST [slots=PROCESSES]`."""
     ssh_args: list[str] = field(default_factory=list)
     """launcher=ssh: arguments for ssh, as in ['-p', '2222']."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+
+
+class NodeRange(NamedTuple):
+    """How few and how many nodes a run may have."""
+
+    least: int
+    most: int
+
+
+def node_range(launcher: LauncherConfig) -> NodeRange:
+    """``launcher.nnodes`` as numbers: N is N to N, MIN:MAX what it says.
+
+    Raises:
+        ConfigError: it is neither, or asks for no node.
+    """
+    parts = _RANGE.fullmatch(str(launcher.nnodes))
+    if parts is not None:
+        most = int(parts["most"])
+        found = NodeRange(most if parts["least"] is None else int(parts["least"]), most)
+        if 1 <= found.least <= found.most:
+            return found
+    raise ConfigError(
+        "launcher.nnodes",
+        launcher.nnodes,
+        "is a number of nodes, at least 1, or MIN:MAX (-1, every host of a hostfile, is for `muster train "
+        "launcher=ssh`)",
+        "launcher.nnodes=1",
+    )
+
+
+def num_nodes(launcher: LauncherConfig) -> int:
+    """Nodes of the layout. Raises ConfigError."""
+    return node_range(launcher).most if launcher.num_nodes == -1 else launcher.num_nodes
+
+
+def num_hosts(launcher: LauncherConfig) -> int:
+    """Machines that the run takes at the most, spares included. Raises ConfigError."""
+    return node_range(launcher).most + launcher.spares

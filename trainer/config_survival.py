@@ -47,6 +47,9 @@ class ResilienceConfig:
     """Keep a process that has imported everything, and fork workers from it: a restart takes no start-up."""
     node_timeout_seconds: float = 30.0
     """How long a node may be silent before it counts as lost."""
+    host_failures: int = 3
+    """On several nodes: a host that fails so often within an hour is left out, if the run can go on without it; 0:
+    never."""
 
 
 @dataclass

@@ -32,7 +32,7 @@ _OPTIMIZERS = ("Adam", "AdamW")
 
 def accumulation(config: RunConfig, dims: ParallelDims) -> int:
     """Micro-batches of one rank in a step of a resolved config."""
-    return config.train.global_batch // (config.train.micro_batch * dims.dp)
+    return -(-config.train.global_batch // (config.train.micro_batch * dims.dp))
 
 
 def check_deepspeed(config: RunConfig, dims: ParallelDims) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from parallel.errors import ConfigError
 from trainer.compose import absolute_paths, compose, load_frozen
 from trainer.config import Machine, RunConfig, require, resolve
+from trainer.config_launcher import num_nodes
 from trainer.data.tokenizer import fill_vocabulary
 from trainer.environment import check_alike, count_gpus, describe, fingerprint
 from trainer.network import connect, serve, socket_interface
@@ -60,7 +61,7 @@ def arrive(argv: list[str], under_agent: bool) -> Arrival:
         told = _from_rank_0(argv, rank, local_rank, world_size, store)
         run_dir, generation = Path(told["run_dir"]), int(told["generation"])
         config = load_frozen(run_dir / "config.yaml")
-    if config.launcher.nnodes > 1:
+    if num_nodes(config.launcher) > 1:
         os.environ.update(socket_interface(os.environ["MASTER_ADDR"]))
     place = Place(
         rank=rank,
@@ -154,7 +155,8 @@ def _open_run(argv: list[str], world_size: int, nodes: int) -> tuple[RunDirector
         asked = load_frozen(Path(argv[0]))
     else:
         asked = compose(argv)
-    asked.launcher.nnodes, asked.launcher.nproc_per_node = nodes, world_size // nodes
+    asked.launcher.nnodes, asked.launcher.num_nodes = nodes, -1
+    asked.launcher.nproc_per_node = world_size // nodes
     config = resolve(absolute_paths(asked), Machine.here(count_gpus()))
     validate(config)
     fill_vocabulary(config)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from trainer.config import Device, Machine, RunConfig, require
-from trainer.config_launcher import KubernetesConfig, KubernetesKind, LauncherConfig, SlurmConfig
+from trainer.config_launcher import (
+    KubernetesConfig,
+    KubernetesKind,
+    LauncherConfig,
+    SlurmConfig,
+    node_range,
+)
+from trainer.terms import open_terms
 
 SUBMITTED = ("slurm", "kubernetes")
 """Launchers whose jobs ``muster submit`` writes."""
@@ -73,12 +81,13 @@ def node_of(launcher: LauncherConfig) -> Machine:
 
 
 def check_launcher(config: RunConfig) -> None:
-    """Check what a submitted job asks for.
+    """Check how many nodes there are, and what a submitted job asks for.
 
     Raises:
         ConfigError: the first rule that does not hold.
     """
     launcher = config.launcher
+    _check_nodes(launcher)
     if launcher.name not in SUBMITTED:
         return
     node = node_of(launcher)
@@ -94,6 +103,22 @@ def check_launcher(config: RunConfig) -> None:
         _check_slurm(launcher.slurm, config.resilience.stop_grace_seconds)
     else:
         _check_kubernetes(launcher.kubernetes, config.run.root)
+
+
+def _check_nodes(launcher: LauncherConfig) -> None:
+    nodes = node_range(launcher)
+    require(
+        launcher.num_nodes == -1 or nodes.least <= launcher.num_nodes <= nodes.most,
+        "launcher.num_nodes",
+        launcher.num_nodes,
+        f"the layout is for -1 (all) or between {nodes.least} and {nodes.most} nodes (launcher.nnodes)",
+        "launcher.num_nodes=-1",
+    )
+    if launcher.rendezvous is not None:
+        open_terms(launcher.rendezvous, Path())
+    for name in ("spares", "rejoin_seconds"):
+        value = getattr(launcher, name)
+        require(value >= 0, f"launcher.{name}", value, "must not be negative", f"launcher.{name}=0")
 
 
 def time_limit_seconds(text: str) -> int | None:

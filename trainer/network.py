@@ -46,7 +46,7 @@ def connect(
     """
     began, told = time.monotonic(), ""
     while True:
-        why, limit = _probe(host, port), patience_seconds
+        why, limit = probe(host, port), patience_seconds
         if why is None:
             return _client(host, port, field)
         if not why.startswith("refused"):
@@ -64,10 +64,10 @@ def connect(
         time.sleep(_RETRY_SECONDS)
 
 
-def _probe(host: str, port: int) -> str | None:
-    """Why ``host:port`` cannot be connected to; None if it can."""
+def probe(host: str, port: int, seconds: float = _ATTEMPT_SECONDS) -> str | None:
+    """Why ``host:port`` cannot be connected to in this time; None if it can."""
     try:
-        socket.create_connection((host, port), timeout=_ATTEMPT_SECONDS).close()
+        socket.create_connection((host, port), timeout=seconds).close()
     except socket.gaierror:
         return "no host has this name"
     except ConnectionRefusedError:
@@ -158,14 +158,21 @@ def is_local(host: str) -> bool:
     return False
 
 
-def interface_towards(host: str) -> str | None:
-    """The network interface whose address this host shows to ``host``; None if it cannot be told."""
+def address_towards(host: str) -> str | None:
+    """The address that this host shows to ``host``; None if it cannot be told."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # UDP: nothing is sent
-            mine = probe.getsockname()[0]
+        with socket.socket(family, kind, protocol) as peer:
+            peer.connect(address)  # UDP: nothing is sent
+            return str(peer.getsockname()[0])
     except OSError:
+        return None
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface whose address this host shows to ``host``; None if it cannot be told."""
+    mine = address_towards(host)
+    if mine is None:
         return None
     if mine.startswith("127.") or mine == "::1":
         return "lo"

@@ -255,6 +255,13 @@ def _check_data(config: RunConfig, dims: ParallelDims) -> None:
         shards = data.virtual_shards
         legal = [n for n in divisors(config.train.global_batch) if n % dims.dp == 0]
         require(
+            bool(legal),
+            "train.global_batch",
+            config.train.global_batch,
+            f"is shared out over data.virtual_shards, and these evenly over dp = {dims.dp} ranks, padding or not",
+            f"a multiple of {dims.dp}",
+        )
+        require(
             shards in legal,
             "data.virtual_shards",
             shards,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from parallel.errors import ConfigError
 from trainer.compose import freeze, load_frozen, write_atomically
@@ -120,6 +120,14 @@ class RunDirectory:
         """The config in force. Raises ConfigError."""
         return load_frozen(self.config_path)
 
+    def full_config(self) -> RunConfig:
+        """The config for all nodes: the one in force, or the newest before nodes were lost. Raises ConfigError."""
+        numbered = sorted(
+            (p for p in (self.path / "configs").glob("*.yaml") if p.stem.isdigit()), reverse=True
+        )
+        found = (load_frozen(path) for path in [self.config_path, *numbered])
+        return next((config for config in found if config.launcher.num_nodes == -1), self.config())
+
     def asked(self) -> RunConfig | None:
         """What the user had written when the run began, blanks (-1, auto) included; None if not kept."""
         path = self.path / "configs" / "asked.yaml"
@@ -183,16 +191,18 @@ class RunDirectory:
         return bool(ends) and ends[-1]["event"] == "finish" and newest is not None and newest >= steps
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, inherit_seconds: float | None = None) -> Iterator[None]:
         """Keep a second agent out of this directory for as long as this one runs.
+
+        Args:
+            inherit_seconds: for who has taken over the run: how long the agent before may take to end. One that
+                does not has lost its term, and its workers their peers: it is not waited for.
 
         Raises:
             ConfigError: another agent is at work there.
         """
         with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _locked(file, inherit_seconds or 0.0) and inherit_seconds is None:
                 file.seek(0)
                 raise ConfigError(
                     "RUN_DIR",
@@ -209,6 +219,19 @@ class RunDirectory:
         """Remove the directory if nothing was put into it."""
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
+
+
+def _locked(file: TextIO, seconds: float) -> bool:
+    """Lock a file within so many seconds; whether it was possible."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.1)
 
 
 def _claim(parent: Path) -> Path:

@@ -19,6 +19,7 @@ def check_survival(config: RunConfig) -> None:
         ("checkpoint.keep_every", checkpoint.keep_every),
         ("resilience.max_restarts", resilience.max_restarts),
         ("chaos.faults", config.chaos.faults),
+        ("resilience.host_failures", resilience.host_failures),
     ):
         require(value >= 0, path, value, "must not be negative", f"{path}=0")
     require(

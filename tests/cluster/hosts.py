@@ -6,6 +6,7 @@ and iproute2.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+_numbers = itertools.count()
 
 
 def need(*commands: str) -> None:
@@ -55,7 +58,7 @@ class Host:
 @contextmanager
 def hosts(*names: str) -> Iterator[list[Host]]:
     """Hosts by name, gone at the end."""
-    mark = f"mu{os.getpid()}"
+    mark = f"mu{os.getpid()}x{next(_numbers)}"
     switch = f"{mark}-switch"
     made = [Host(name, f"10.77.0.{number}", f"{mark}-{name}") for number, name in enumerate(names, start=1)]
     try:

@@ -54,3 +54,18 @@ def set_time_limit(minutes: int) -> None:
 
 def _scontrol(*arguments: str) -> str:
     return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+class Gate(Callback):
+    """Rank 0 waits before each of the steps: ``at-STEP`` says it is there, ``go-STEP`` or a stop lets it go on."""
+
+    def __init__(self, folder: str, steps: list[int]) -> None:
+        self.folder, self.steps = Path(folder), steps
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        step = trainer.state.step
+        if trainer.rank or step not in self.steps or (self.folder / f"go-{step}").exists():
+            return
+        (self.folder / f"at-{step}").touch()
+        leave = self.folder / f"go-{step}"
+        wait_until(lambda: leave.exists() or trainer.stepper.wants_stop(), f"leave to go on from step {step}")

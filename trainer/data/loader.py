@@ -85,13 +85,12 @@ class _Share:
     """What every loader knows: the run's numbers and which slots of a step are this rank's."""
 
     def __init__(self, prepared: PreparedData, config: RunConfig, dp_rank: int, dp_size: int) -> None:
-        train = config.train
-        assert train.global_batch % (train.micro_batch * dp_size) == 0, (
-            "validate() requires whole micro-batches"
-        )
+        train, unit = config.train, config.train.micro_batch * dp_size
+        assert train.pad_batch or train.global_batch % unit == 0, "validate() requires whole micro-batches"
         self.prepared, self.config = prepared, config
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.slots = np.arange(dp_rank, train.global_batch, dp_size)
+        self.slots = np.arange(dp_rank, -(-train.global_batch // unit) * unit, dp_size)
+        self.is_sample = self.slots < train.global_batch
 
     def batches(self, rows: np.ndarray, sample_ids: np.ndarray) -> list[Batch]:
         """Cut this rank's rows of a step into its micro-batches."""
@@ -127,10 +126,11 @@ class _RowLoader:
         self._order = np.empty(0, np.int64)
 
     def next_step(self) -> list[Batch]:
-        samples = self._next_sample + self._share.slots
+        real = self._share.is_sample
+        samples = self._next_sample + np.where(real, self._share.slots, 0)
         rows = self._rows[self._row_numbers(samples)]
         self._next_sample += self._share.config.train.global_batch
-        return self._share.batches(rows, samples)
+        return self._share.batches(rows, np.where(real, samples, -1))
 
     def _row_numbers(self, samples: np.ndarray) -> np.ndarray:
         epochs, places = np.divmod(samples, len(self._rows))

@@ -125,16 +125,19 @@ class _Ledger:
         self._running(at, last, None)
 
     def _stopped(self, recoveries: Sequence[Span]) -> list[Span]:
-        """From each stop or finish to the next start, or to the load before that."""
-        spans, since = [], None
+        """From each stop or finish to the next start, or to the load before that. Where the nodes only regroup,
+        they are held meanwhile, and it is a restart."""
+        spans, since, cause = [], None, "stopped"
         for event in self._events:
+            if event["event"] == "regroup":
+                cause = "restart"
             if event["event"] in ("stop", "finish"):
                 since = event["time"]
             elif event["event"] == "start" and since is not None:
                 until = event["time"]
                 loads = [s.since for s in recoveries if s.cause == "load" and since <= s.since < until]
-                spans.append(Span("stopped", since, min([until, *loads])))
-                since = None
+                spans.append(Span(cause, since, min([until, *loads])))
+                since, cause = None, "stopped"
         return spans
 
     def _waits(self, name: str, field: str, since: float, until: float) -> float:

@@ -241,6 +241,23 @@ EVENTS: dict[str, dict[str, str]] = {
         "recompute_seconds": "until the step reached before the fault was done again, at least one step",
         "seconds": "of all that",
     },
+    "member": {
+        "change": "`lost`, `back`, `taken_in`, `spare` (took a lost node's place) or `excluded`",
+        "host": "its name",
+        "node_rank": "its place; null: it has none yet",
+    },
+    "leader": {
+        "host": "of the agent that took over from node 0's",
+        "term": "number of its term",
+        "reason": "why node 0's agent leads no longer",
+    },
+    "regroup": {"reason": "why the workers save and start again with more nodes; no failure"},
+    "relayout": {
+        "from": "layout as text",
+        "to": "the one of the next generation",
+        "world_size": "ranks of it",
+        "reason": "which nodes are missing, or back",
+    },
     "stop": {
         "reason": "why",
         "resumable": "whether `muster resume` can go on",
@@ -364,7 +381,7 @@ events.jsonl and metrics.jsonl alone. Every second since the first `start` stand
 | checkpoint | waits for checkpoints (`stall_seconds`) |
 | evaluation | evaluations (`seconds`) |
 | detect | from a fault (`failure.began`; without it, the last sign of life) until it was noticed (`time`) |
-| restart | from there until the state is being loaded, and what the first step after it waits for |
+| restart | from there, or from a `regroup`, until the state is being loaded; and what the first step waits for |
 | load | `load_seconds` of `resume` |
 | recompute | from there until the step reached before the fault is done again; and what the fault cut off |
 | straggling | what steps took beyond the median while a straggler was there |

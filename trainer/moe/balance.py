@@ -26,8 +26,8 @@ class MoeStats(NamedTuple):
         router_z: Σ target tokens · z-loss, with gradient.
         entropy: Σ target tokens · entropy of the routing distribution in nats.
         confidence: Σ target tokens · the largest probability of the routing distribution.
-        counts_E: routed pairs of each expert before any drop, int64.
-        dropped: pairs over capacity, int64.
+        counts_E: routed pairs of each expert before any drop, of rows with targets, int64.
+        dropped: pairs over capacity, of the same rows, int64.
         unserved: tokens of which every pair was dropped, or that no expert picked, int64.
         sent: trips of rows to other ranks, forward and backward, int64.
         expert_BSK: the choices themselves, int64; E where there is none.

@@ -190,7 +190,8 @@ class Router(nn.Module):
     def _stats(self, scored: Scored, decision: Decision, positions: Positions) -> MoeStats:
         expert_BSK, sent_BSK, slot_BSK = decision
         counted_BS, probability_BSE = positions.counted_BS, scored.probability_BSE
-        counts_BE = balance.row_counts(expert_BSK, self.num_choosable)
+        real_B = counted_BS.sum(1) > 0  # a row without targets only fills up a batch
+        counts_BE = balance.row_counts(expert_BSK, self.num_choosable) * real_B[:, None]
         observed = {
             BalanceScope.sequence: counts_BE,
             BalanceScope.micro: counts_BE.sum(0, keepdim=True),
@@ -201,10 +202,10 @@ class Router(nn.Module):
         dropped = unserved = torch.zeros((), dtype=torch.int64, device=expert_BSK.device)
         if slot_BSK is not None:
             away = sent_BSK < self.layout.num_experts
-            dropped = (away & (slot_BSK < 0)).sum()
+            dropped = (away & (slot_BSK < 0) & real_B[:, None, None]).sum()
             # A zero or copy expert serves without a place.
             served = (slot_BSK >= 0) | (~away & (expert_BSK < self.num_choosable))
-            unserved = (~served.any(-1)).sum()
+            unserved = (~served.any(-1) & real_B[:, None]).sum()
         return MoeStats(
             balance=balance.balance_loss(fraction_BE, probability_BSE, counted_BS.sum(1)),
             router_z=sum(

@@ -55,7 +55,7 @@ def shrink(asked: RunConfig, device: Device, recorder: CallbackConfig) -> tuple[
     _shrink_experts(c)
     dims = parallel_dims(c)
     train = c.train
-    train.micro_batch = min(2, train.micro_batch)
+    train.micro_batch, train.pad_batch = min(2, train.micro_batch), False
     train.global_batch = train.micro_batch * dims.dp * (3 if accumulation > 1 else 1)  # 3: no degree's factor
     train.seq_len, train.steps = 24, STEPS
     _shrink_budget(c)
@@ -92,7 +92,7 @@ def _shrink_world(c: RunConfig) -> None:
         c.parallel.dp_replicate, c.parallel.ep = replicas, ep
         c.parallel.dp_shard = sets * ep
         c.launcher.nproc_per_node = replicas * sets * ep
-    c.launcher.nnodes = 1
+    c.launcher.nnodes, c.launcher.num_nodes = 1, -1
     if dims.world_size <= _KEPT_WORLD:
         c.launcher.nproc_per_node = dims.world_size
 

@@ -288,3 +288,29 @@ def test_hub_name_offline_fails_at_once_and_by_name(
     expected = r"data\.name=some-owner/some-name: the hub cannot be reached \(.*offline.*Fix: .*local folder"
     with pytest.raises(ConfigError, match=expected):
         prepare_data(configure("hub", name="some-owner/some-name"))
+
+
+@pytest.mark.parametrize(("dp_size", "micro"), [(3, 2), (3, 1), (5, 2)])
+def test_a_batch_that_does_not_divide_is_padded_without_targets(
+    packed: Corpus, dp_size: int, micro: int
+) -> None:
+    config, prepared = packed
+    whole: Samples = {}
+    alone = build_loader(prepared, config, 0, 1)
+    for _ in range(2):
+        whole |= samples(alone.next_step())
+    config.train.micro_batch, config.train.pad_batch = micro, True
+    found: Samples = {}
+    for dp_rank in range(dp_size):
+        loader = build_loader(prepared, config, dp_rank, dp_size)
+        for _ in range(2):
+            batches = loader.next_step()
+            assert len(batches) == -(-config.train.global_batch // (micro * dp_size)), "alike on all ranks"
+            assert all(len(batch.tokens) == micro for batch in batches)
+            padding = [row for batch in batches for row in batch.targets[batch.sample_ids < 0]]
+            assert all((row == IGNORED).all() for row in padding)
+            read = samples(batches)
+            read.pop(-1, None)
+            assert not found.keys() & read.keys()
+            found |= read
+    assert found == whole

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from launch.agent import Incomplete
+from launch.charge import Deposed
 from launch.cluster import Cluster
 from launch.control import Hello, Link, Order, Status
 from launch.failure import Failure
 from launch.outcome import Outcome
 from parallel.errors import ConfigError
-from trainer.config import RunConfig
+from trainer.config import Device, Machine, RunConfig, resolve
+from trainer.metrics.jsonl import read_events
+from trainer.rundir import RunDirectory
 
 PATIENCE_SECONDS = 30.0
 ASKED = {"optim.lr": 0.001, "train.steps": 5}
@@ -33,11 +37,14 @@ class Nodes:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.links: list[Link] = []
 
-    def lead(self, nnodes: int, **limits: float) -> Cluster:
+    def lead(self, nnodes: int | str, **limits: float) -> Cluster:
         config = RunConfig()
         config.launcher.nnodes = nnodes
         config.launcher.join_timeout_seconds = limits.get("join", PATIENCE_SECONDS)
         config.resilience.node_timeout_seconds = limits.get("silence", PATIENCE_SECONDS)
+        config.resilience.host_failures = 1
+        config.launcher.spares = int(limits.get("spares", 0))
+        self.config = config
         return Cluster(self.store, hello("h0", 0), config, say=lambda line: None)
 
     def join(self, host: str, node_rank: int | None = None, **changes: object) -> Link:
@@ -150,7 +157,8 @@ def test_a_failure_is_told_by_its_age(nodes: Nodes) -> None:
     cluster = nodes.lead(2)
     link = nodes.join("b")
     cluster.gather()
-    failure = Failure(2, "b", "crash", "killed", -9, time.time() - 3600, True, "", "")
+    then = time.time() - 3600
+    failure = Failure(2, "b", "crash", "killed", -9, then, True, "", "", then)
     link.tell(Status(generation=0, codes=[-9, None], failure=failure, failure_age=0.5))
     (member,) = cluster.members.values()
     until(lambda: (cluster.poll(), member.failure is not None)[1])
@@ -172,3 +180,84 @@ def test_node_0_that_dies_is_noticed(nodes: Nodes) -> None:
     link = nodes.join("b")
     del nodes.store
     until(lambda: link.lost is not None)
+
+
+def begun(cluster: Cluster, nodes: Nodes, folder: Path) -> Callable[[], list[tuple[str, str]]]:
+    """The cluster in charge of a run, with everyone ready; gives what is told of members."""
+    run = RunDirectory(folder / "runs" / "e2e" / "a")
+    nodes.config.run.root, nodes.config.run.name, nodes.config.run.id = str(folder / "runs"), "e2e", "a"
+    nodes.config.launcher.nproc_per_node = nodes.config.train.num_threads = 1
+    nodes.config.device = Device.cpu
+    config = resolve(nodes.config, Machine(num_cpus=1))
+    run.freeze(config)
+    cluster.begin(run, config)
+    for link in nodes.links:
+        link.tell(Status(ready=True))
+    cluster.assemble(run.path)
+    events = run.path / "events.jsonl"
+    return lambda: [(e["change"], e["host"]) for e in read_events(events) if e["event"] == "member"]
+
+
+def failed(host: str, kind: str = "crash") -> Failure:
+    return Failure(1, host, kind, "why", 1, time.time(), True, "", "", time.time())
+
+
+def test_a_spare_is_announced_as_one_even_if_it_comes_when_the_seat_is_free(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    cluster = nodes.lead(2, spares=1)
+    old = nodes.join("b")
+    told = begun(cluster, nodes, tmp_path)
+    new = nodes.join("c")
+    new.tell(Status(ready=True))
+    cluster.blame(failed("b", "storage"))
+    assert told() == [], "not the host's fault"
+    cluster.blame(failed("b"))  # before anyone has looked who is there
+    cluster.assemble(tmp_path)
+    assert told() == [("excluded", "b"), ("spare", "c")]
+    assert ranks(cluster) == {"c": 1}
+    orders = [next_order(old) for _ in range(4)]
+    assert "failed too often" in orders[-1].message and orders[-1].code == 70
+    again = nodes.join("b")
+    until(lambda: (cluster.poll(), again.orders)[1])
+    assert [order.do for order in again.orders if str(again.id) in order.ranks] == ["leave"]
+    cluster.end()
+
+
+def test_a_host_that_cannot_be_spared_stays(nodes: Nodes, tmp_path: Path) -> None:
+    cluster = nodes.lead(2)
+    nodes.join("b")
+    told = begun(cluster, nodes, tmp_path)
+    cluster.blame(failed("b"))
+    assert told() == [] and ranks(cluster) == {"b": 1}
+    cluster.end()
+
+
+def test_a_leader_that_fails_again_and_again_leaves_to_another(nodes: Nodes, tmp_path: Path) -> None:
+    cluster = nodes.lead("1:2")
+    link = nodes.join("b")
+    begun(cluster, nodes, tmp_path)
+    until(lambda: len(link.orders) == 2)  # prepare, roster
+    link.tell(Status(ready=True, orders_done=3))
+    with pytest.raises(Deposed, match="h0 failed too often"):
+        cluster.blame(failed("h0"))
+    assert [next_order(link).do for _ in range(3)][-1] == "succeed"
+    cluster.end()
+
+
+def test_a_node_that_comes_back_is_taken_in_after_the_next_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
+    cluster = nodes.lead("1:2", join=0.0)
+    told = begun(cluster, nodes, tmp_path)
+    assert cluster.world is not None and cluster.world.config.launcher.num_nodes == 1
+    link = nodes.join("b")
+    link.tell(Status(ready=True))
+    until(lambda: (cluster.poll(), told() == [("back", "b")])[1])
+    assert cluster.due_to_regroup() is None, "no checkpoint since"
+    step = cluster.world.run.path / "checkpoints" / "step-00000004"
+    step.mkdir(parents=True)
+    (step / "manifest.json").touch()
+    until(cluster.due_to_regroup)
+    cluster.assemble(tmp_path)
+    assert told() == [("back", "b"), ("taken_in", "b")]
+    assert cluster.world.config.launcher.num_nodes == -1 and len(cluster.seated) == 1
+    cluster.end()

@@ -162,6 +162,16 @@ def test_time_without_machines_is_listed_but_not_counted() -> None:
     assert account(events, records).stopped == 998.5 and account(events, records).load == 2.0
 
 
+def test_nodes_that_regroup_are_held_meanwhile() -> None:
+    events = [
+        start(0.0), event("regroup", 3.0, 2, reason="node-b can be taken in"),
+        event("stop", 4.0, 3, reason="asked to stop", resumable=True), start(7.0, generation=1), finish(9.0, 5),
+    ]  # fmt: skip
+    found = account(events, [step(1, 2.0), step(2, 3.0), step(3, 4.0), step(4, 8.0), step(5, 9.0)])
+    assert found.stopped == 0.0 and found.wall == pytest.approx(9.0)
+    assert found.restart == pytest.approx(3.0)
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0, 5.0, 1e9, float("nan")])
 def test_the_parts_are_the_whole_whatever_is_claimed(seconds: float) -> None:
     events, records = crashed()
