@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard docs clean
+.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-snapshot docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench-saves: setup ## what asynchronous saves cost, Muster and DCP in turn, writ
 
 bench-guard: setup ## what the guards cost: steps with and without them in turn (ARGS="--rounds 40")
 	$(BIN)/python -m bench.guard $(ARGS)
+
+bench-snapshot: setup ## the stall of a snapshot in memory beside a plain copy of the same bytes
+	$(BIN)/python -m bench.snapshot $(ARGS)
 
 docs: setup ## write anew what the code knows: metrics.md, configuration.md, costs and pictures of layouts.md
 	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md
