@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu cluster-tools lint bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-snapshot docs clean
+.PHONY: help setup train test test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-snapshot docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ bench-torn: setup ## kill saves at every system call, damage checkpoints everywh
 
 bench-cycles: setup ## kill and resume a small run again and again (ARGS="--cycles 1000"; resumable)
 	$(BIN)/python -m bench.cycles $(ARGS)
+
+chaos: setup ## all 419 interruptions of Llama 3 in one run, write bench/results/chaos_llama3.md (hours; resumable)
+	$(BIN)/python -m bench.chaos $(ARGS)
 
 bench-layouts: setup ## train every layout with the quickstart's budget, write bench/results/layouts.md (resumable)
 	$(BIN)/python -m bench.layouts $(ARGS)

@@ -41,5 +41,8 @@ class ChaosConfig:
     """Faults by name, one each in this order, instead of the cluster's."""
     schedule: str | None = None
     """A file of JSON lines {step, rank, kind, point} to replay, instead of drawing."""
+    nodes: int = 0
+    """Network namespaces that the disturbed training is spread over (as root): nodes with a memory mount of their
+    own, with launcher.nproc_per_node ranks each. 0: none; what strikes nodes is stood in for."""
     reference: str | None = None
     """The directory of a finished run of the same config to compare with; null: it is trained first."""

@@ -20,6 +20,7 @@ def check_survival(config: RunConfig) -> None:
         ("resilience.max_restarts", resilience.max_restarts),
         ("chaos.faults", config.chaos.faults),
         ("resilience.host_failures", resilience.host_failures),
+        ("chaos.nodes", config.chaos.nodes),
     ):
         require(value >= 0, path, value, "must not be negative", f"{path}=0")
     require(

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from launch.chaos.commands import Commands
 from launch.chaos.draw import plan
+from launch.chaos.hosts import Host, hosts
 from launch.chaos.verdict import judge, read_marks, show
 from launch.local import complete_config
 from launch.nodes import flat
@@ -33,7 +34,7 @@ from launch.outcome import EXIT_DONE, Outcome
 from parallel.errors import ConfigError
 from trainer import overrides as grammar
 from trainer.compose import absolute_paths, compose, write_atomically
-from trainer.config import RunConfig
+from trainer.config import RunConfig, world_size
 from trainer.faults import FOLDER, SCHEDULE_FILE, SCHEDULE_VARIABLE
 from trainer.faults.kinds import KINDS, Fault, read_schedule, write_schedule
 from trainer.rundir import RunDirectory
@@ -41,10 +42,8 @@ from trainer.rundir import RunDirectory
 EXIT_NOT_SURVIVED = 1
 """A fault was not survived, did not strike, or changed the result."""
 
-_POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0
 _TAIL_LINES = 12
-_OWN = ("run", "chaos", "cluster", "logger", "resilience", "guard")
+_OWN = ("run", "chaos", "cluster", "logger", "launcher", "resilience", "guard")
 """Sections in which a reference may differ: they do not touch what is computed."""
 
 
@@ -56,28 +55,22 @@ def main(argv: list[str]) -> Outcome:
     """
     console = Console(highlight=False)
     asked = compose(argv)
-    config = complete_config(asked)
-    if config.launcher.nnodes != 1:
-        raise ConfigError(
-            "launcher.nnodes",
-            config.launcher.nnodes,
-            "faults are injected on this machine",
-            "launcher.nnodes=1",
-        )
+    places = _node_overrides(asked)
+    config = complete_config(compose([*argv, *places]) if places else asked)
     faults = plan(config)
     run = RunDirectory.claim(config) if config.run.resume else RunDirectory.create(config)
     overrides = [
         line for line in argv if grammar.parse([line])[0].key_or_group not in ("run.id", "run.resume")
     ]
-    chaos = Chaos(config, run, faults, overrides, console)
-    try:
+    with ExitStack() as stack:
+        made = stack.enter_context(hosts(*_names(config.chaos.nodes))) if config.chaos.nodes else []
+        chaos = Chaos(config, run, faults, overrides, console, made)
+        stack.callback(chaos.commands.end)
         reference = chaos.reference()
-        finished = chaos.disturb()
-    finally:
-        chaos.end()
+        finished = chaos.disturb(places)
     verdict = {"time": chaos.began, "seconds": time.time() - chaos.began, "command": argv}
     verdict |= judge(faults, run.path / FOLDER, run.path, reference, finished)
-    verdict["commands"] = chaos.commands
+    verdict["commands"] = chaos.num_commands
     path = run.path / "verdict.json"
     write_atomically(path, json.dumps(verdict, indent=1) + "\n")
     show(verdict, console)
@@ -102,10 +95,11 @@ class Chaos:
     Args:
         run: of the disturbed training.
         overrides: of both trainings.
+        made: the nodes of the disturbed one; none: this machine.
 
     Attributes:
-        log: what the commands print.
-        commands: how often the disturbed training was started.
+        commands: of the disturbed training.
+        num_commands: how often it was started.
     """
 
     def __init__(
@@ -115,6 +109,7 @@ class Chaos:
         faults: Sequence[Fault],
         overrides: Sequence[str],
         console: Console,
+        made: Sequence[Host],
     ) -> None:
         self.config, self.run, self.faults, self._console = config, run, faults, console
         # The rate is compressed: what is a week's failures must not pass for a run that dies again and again.
@@ -126,9 +121,10 @@ class Chaos:
         self.folder = run.path / FOLDER
         self.log = self.folder / "commands.log"
         self.began = time.time()
-        self.commands = 0
-        self._child: subprocess.Popen[bytes] | None = None
+        self.commands = Commands(self.log, made)
+        self.num_commands = 0
         self._told: set[int] = set()
+        self._local_ranks = config.launcher.nproc_per_node
         self._keep_schedule()
 
     def _keep_schedule(self) -> None:
@@ -159,9 +155,18 @@ class Chaos:
         code = 0
         if not reference.is_finished(self.config.train.steps):
             self._say(f"undisturbed: {reference.path}")
-            code = self._run(
-                ["train", *self._overrides, f"run.id={reference.path.name}", "run.resume=true"], {}
-            )
+            same = [f"run.id={reference.path.name}", "run.resume=true"]
+            if self.commands.hosts:  # in one place it computes the same, and faster
+                world = world_size(self.config)
+                same += [
+                    f"launcher.nproc_per_node={world}",
+                    f"train.num_threads={self.config.train.num_threads}",
+                ]
+            here = Commands(self.log)
+            try:
+                code = here.run(["train", *self._overrides, *same], {}, lambda: None)
+            finally:
+                here.end()
         if code != EXIT_DONE:
             raise ConfigError(
                 "chaos",
@@ -171,15 +176,20 @@ class Chaos:
             )
         return reference.path
 
-    def disturb(self) -> bool:
-        """Train under faults, to the end or to a fault that nothing answers. Returns whether it is finished."""
+    def disturb(self, places: Sequence[str]) -> bool:
+        """Train under faults, to the end or to a fault that nothing answers. Returns whether it is finished.
+
+        Args:
+            places: overrides that spread the training over the nodes.
+        """
         self._say(f"disturbed by {len(self.faults)} fault(s): {self.run.path}")
         env = {SCHEDULE_VARIABLE: str(self.folder / SCHEDULE_FILE)}
-        arguments = ["train", *self._overrides, f"run.id={self.run.path.name}", "run.resume=true"]
+        own = [f"run.id={self.run.path.name}", "run.resume=true"]
+        arguments = ["train", *self._overrides, *places, *own]
         while True:
             before = set(read_marks(self.folder))
-            self.commands += 1
-            code = self._run(arguments, env)
+            self.num_commands += 1
+            code = self.commands.run(arguments, env, self._tell)
             if code == EXIT_DONE:
                 return True
             struck = [self.faults[index] for index in set(read_marks(self.folder)) - before]
@@ -189,29 +199,13 @@ class Chaos:
             if self.run.config_path.is_file():
                 arguments = ["resume", str(self.run.path)]
 
-    def _run(self, arguments: list[str], env: dict[str, str]) -> int:
-        """Run a command to its end, telling of faults as they strike. Its exit code."""
-        command = [sys.executable, "-m", "launch.chaos.child", str(os.getpid()), *arguments]
-        with self.log.open("ab") as output:
-            self._child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes here, and is passed on once
-                env={**os.environ, **env},
-            )
-        while self._child.poll() is None:
-            self._tell()
-            time.sleep(_POLL_SECONDS)
-        self._tell()
-        return self._child.returncode
-
     def _tell(self) -> None:
         for index, mark in sorted(read_marks(self.folder).items()):
             if index not in self._told:
                 self._told.add(index)
                 fault = self.faults[index]
+                if fault.kind == "node-lost":
+                    self.commands.replace(self.commands.hosts[fault.rank // self._local_ranks])
                 of = f" ({fault.component})" if fault.component else ""
                 self._say(
                     f"{len(self._told)}/{len(self.faults)}  step {mark['step'] + 1}  rank {fault.rank}  "
@@ -227,17 +221,31 @@ class Chaos:
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
         return ""
 
-    def end(self) -> None:
-        """Leave no process behind: what runs is asked to stop, then killed, and its workers with it."""
-        child = self._child
-        if child is None or child.poll() is not None:
-            return
-        child.terminate()
-        try:
-            child.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+
+def _names(nodes: int) -> list[str]:
+    return [f"node-{index}" for index in range(nodes)]
+
+
+def _node_overrides(asked: RunConfig) -> list[str]:
+    """What spreads a training over ``chaos.nodes`` namespaces.
+
+    Raises:
+        ConfigError: this machine cannot have them, or the config has nodes of its own.
+    """
+    nodes = asked.chaos.nodes
+    if asked.launcher.nnodes != 1:
+        relation = "faults are injected on this machine"
+        raise ConfigError(
+            "launcher.nnodes", asked.launcher.nnodes, relation, "launcher.nnodes=1, chaos.nodes=2"
+        )
+    if nodes == 0:
+        return []
+    missing = [command for command in ("ip", "unshare") if shutil.which(command) is None]
+    if nodes == 1 or os.geteuid() != 0 or missing:
+        why = f"{missing[0]} is not there" if missing else f"{nodes} node(s) as user {os.geteuid()}"
+        relation = f"nodes are network namespaces: two or more, as root, with iproute2; {why}"
+        raise ConfigError("chaos.nodes", nodes, relation, "chaos.nodes=0")
+    return [f"launcher.nnodes={nodes}", f"launcher.master_addr={_names(nodes)[0]}"]
 
 
 def _check_reference(reference: RunDirectory, config: RunConfig) -> None:

@@ -30,6 +30,7 @@ def plan(config: RunConfig) -> list[Fault]:
         faults = read_schedule(Path(chaos.schedule), world_size(config), steps)
         if not faults:
             raise ConfigError("chaos.schedule", chaos.schedule, "is empty", "one JSON line a fault")
+        faults = faults if chaos.nodes else [_local(fault) for fault in faults]
         return sorted(faults, key=lambda fault: fault.step)
     chance = random.Random(chaos.seed)
     if chaos.kinds:
@@ -38,7 +39,9 @@ def plan(config: RunConfig) -> list[Fault]:
         pairs = [("", kind) for kind in chaos.kinds]
     else:
         pairs = draw(read_table(config.cluster), chaos.faults, chance)
-    faults = [_local(Fault(0, 0, kind, "", component)) for component, kind in pairs]
+    faults = [Fault(0, 0, kind, "", component) for component, kind in pairs]
+    if not chaos.nodes:
+        faults = [_local(fault) for fault in faults]
     needed = STEPS_APART * len(faults) + _MARGIN
     if steps < needed:
         raise ConfigError(
@@ -139,5 +142,6 @@ def _waiting_inside(faults: list[Fault], steps: int, every: int) -> list[Fault]:
 
 
 def _local(fault: Fault) -> Fault:
-    """What stands for a node's fault where nodes are not set up: every rank of the machine dies."""
-    return replace(fault, kind="kill-all", instead_of=fault.kind) if KINDS[fault.kind].node else fault
+    """What stands for a node's fault where there is only this machine."""
+    alone = KINDS[fault.kind].alone
+    return replace(fault, kind=alone, instead_of=fault.kind) if alone else fault

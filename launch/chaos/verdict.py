@@ -19,6 +19,8 @@ from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE, Record
 
 _NOTICED = ("failure", "rollback", "stop", "restart")
+_ALARMS = ("non_finite", "spike")
+"""Kinds of alarm by which a guard says that a step did not commit."""
 _LOSSES = ("loss/train", "loss/valid")
 
 
@@ -83,7 +85,7 @@ def _judge_one(
     Recovery is the time from the strike to the end of the step that was under way (of the next one, where it was
     finished and saved before the run stopped); only of faults that were noticed: the others cost no restart.
     """
-    noticed = next((event for event in events if event["event"] in _NOTICED), None)
+    noticed = next((event for event in events if _is_notice(event)), None)
     done = int(noticed["step"]) if noticed is not None and noticed["event"] == "stop" else int(mark["step"])
     after = reached.get(done + 1)
     lost = sum(int(event.get("lost_steps", 0)) for event in events if event["event"] == "restart")
@@ -102,6 +104,10 @@ def _judge_one(
         "lost_steps": lost,
         "recovery_seconds": after - mark["time"] if timed and after is not None else None,
     }
+
+
+def _is_notice(event: Record) -> bool:
+    return event["event"] in _NOTICED or (event["event"] == "alarm" and event["kind"] in _ALARMS)
 
 
 def _of_kind(faults: list[dict[str, Any]]) -> dict[str, Any]:
@@ -148,7 +154,7 @@ def show(verdict: dict[str, Any], console: Console) -> None:
     """Print a table by kind and the sums."""
     table = Table(box=None)
     for column in ("fault", "injected", "survived", "steps lost", "recovery (median)", "p99"):
-        table.add_column(column, justify="left" if column == "fault" else "right")
+        table.add_column(column, justify="left" if column == "fault" else "right", no_wrap=True)
     total = {key: verdict[key] for key in ("injected", "survived", "lost_steps", "recovery_seconds")}
     for kind, sums in (*verdict["by_kind"].items(), ("all", total)):
         times = (_seconds(sums["recovery_seconds"][name]) for name in ("median", "p99"))
@@ -156,9 +162,9 @@ def show(verdict: dict[str, Any], console: Console) -> None:
     console.print(table)
     stood_in = [facts for facts in verdict["faults"] if facts["instead_of"]]
     if stood_in:
-        names = ", ".join(sorted({facts["instead_of"] for facts in stood_in}))
+        pairs = sorted({f"{facts['kind']} for {facts['instead_of']}" for facts in stood_in})
         console.print(
-            f"{len(stood_in)} fault(s) of nodes ({names}) were every rank of this machine dying at once.",
+            f"{len(stood_in)} fault(s) of nodes were stood in for: {', '.join(pairs)} (chaos.nodes=0).",
             markup=False,
             soft_wrap=True,
         )

@@ -28,6 +28,7 @@ from trainer.build import build_model
 from trainer.compose import apply_overrides, compose
 from trainer.config import Machine, RunConfig, resolve
 from trainer.config_moe import BalanceScope, LayoutConfig, RouterName
+from trainer.faults.kinds import KINDS
 from trainer.models.cost import model_cost, places_reached
 from trainer.models.init import initialise
 from trainer.rules import validate
@@ -109,7 +110,7 @@ def check_command(words: list[str], folder: Path) -> None:
             pass
         case ["make", target, *_]:
             assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        case ["muster", "train" | "verify", *arguments]:
+        case ["muster", "train" | "verify" | "chaos", *arguments]:
             check_train(arguments, folder)
         case ["muster", "resume", _, *overrides]:
             check_resume(overrides)
@@ -173,6 +174,12 @@ def check_worker(overrides: list[str], nnodes: int, nproc_per_node: int) -> None
     config = compose(overrides)
     config.launcher.nnodes, config.launcher.nproc_per_node = nnodes, nproc_per_node
     validate(resolve(config, MACHINE))
+
+
+def test_every_kind_of_fault_is_in_the_page() -> None:
+    page = (ROOT / "docs" / "chaos.md").read_text()
+    for name, kind in KINDS.items():
+        assert f"| `{name}` | {kind.what} |" in page
 
 
 def test_a_wrong_command_line_would_be_found(tmp_path: Path) -> None:

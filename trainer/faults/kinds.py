@@ -35,14 +35,14 @@ class Kind:
         points: where it may strike; a schedule that names none gets the first.
         ends: the command may end of it, as it should; `muster chaos` then starts it again, as an operator or a
             scheduler would.
-        node: it takes a node as a whole.
+        alone: it strikes a node; the kind that stands for it where there is only this machine.
         waits: it strikes at its step or at the first chance after it (a save, two checkpoints on the disk).
     """
 
     what: str
     points: tuple[str, ...] = STEP_POINTS
     ends: bool = False
-    node: bool = False
+    alone: str = ""
     waits: bool = False
 
 
@@ -99,8 +99,9 @@ KINDS: dict[str, Kind] = {
     "time-limit": Kind("SIGUSR1 to one worker, as Slurm sends ahead of a limit", ends=True),
     # a node
     "node-lost": Kind(
-        "every process of a node is killed, its memory and its disk are gone", node=True, ends=True
+        "every process of a node is killed, its memory is gone, a new node comes", alone="kill-all", ends=True
     ),
+    "link-flap": Kind("the link of a node is down for two seconds", alone="connection-reset"),
 }
 """Name → kind. Each has a mechanism of its own (trainer/faults/strikes.py)."""
 

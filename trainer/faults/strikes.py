@@ -147,6 +147,17 @@ def _cut(to_store: bool) -> Strike:
     return strike
 
 
+def _await_end(scene: Scene) -> None:
+    """``muster chaos`` sees the mark and destroys the node."""
+    while True:
+        signal.pause()
+
+
+def _link_flap(scene: Scene) -> None:
+    script = "ip link set eth0 down && sleep 2; ip link set eth0 up"
+    subprocess.Popen(["sh", "-c", script], start_new_session=True)
+
+
 # -- numbers ----------------------------------------------------------------------------------------------
 
 
@@ -271,5 +282,6 @@ STRIKES: dict[str, Strike] = {
     "missing-shard": _damage(lambda path: path.unlink()),
     "preempt": _signal_agent(signal.SIGTERM),
     "time-limit": _signal(signal.SIGUSR1),
-    "node-lost": _kill_all,
+    "node-lost": _await_end,
+    "link-flap": _link_flap,
 }
