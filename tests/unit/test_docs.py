@@ -140,6 +140,8 @@ def check_train(arguments: list[str], folder: Path) -> None:
         config = compose(overrides, args.config_dir)
         if config.launcher.nnodes == -1:  # as many as the hostfile has
             config.launcher.nnodes = 2
+        if config.chaos.nodes:  # `muster chaos` sets the nodes up
+            config.launcher.nnodes, config.launcher.master_addr = config.chaos.nodes, "node-0"
         validate(resolve(config, MACHINE))
 
 
