@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.command import CALM, MUSTER, SMALL, Workplace
-from tests.commands.watch import assert_nothing_left
+from tests.commands.watch import assert_nothing_left, wait_until
 
-RUN = [*CALM, "train.steps=28", "checkpoint.every=3"]
+RUN = [*CALM, "train.steps=22", "checkpoint.every=3"]
 
 
 def chaos(workplace: Workplace, *overrides: str, expect: int = 0) -> str:
@@ -37,12 +38,11 @@ def struck(shared_workplace: Workplace) -> tuple[Workplace, str]:
     """A run under a schedule of faults of different kinds, and what the command printed."""
     schedule = write_schedule(
         shared_workplace,
-        (4, 1, "segfault", "exchange"),
-        (9, 0, "exception", "backward"),
-        (13, 0, "holed-shard", "batch"),
-        (18, 1, "preempt", "after_optimizer"),
-        (23, 0, "slow", "forward"),
-        (25, 1, "bit-flip-weights", "after_optimizer"),
+        (3, 1, "segfault", "exchange"),
+        (8, 0, "holed-shard", "batch"),
+        (12, 1, "preempt", "after_optimizer"),
+        (15, 0, "slow", "forward"),
+        (19, 1, "bit-flip-weights", "after_optimizer"),
     )
     return shared_workplace, chaos(shared_workplace, f"chaos.schedule={schedule}")
 
@@ -50,15 +50,16 @@ def struck(shared_workplace: Workplace) -> tuple[Workplace, str]:
 def test_faults_are_survived_and_change_no_bit(struck: tuple[Workplace, str]) -> None:
     workplace, output = struck
     found = verdict(workplace, "a")
-    assert (found["injected"], found["survived"], found["bit_identical"]) == (6, 6, True)
+    assert (found["injected"], found["survived"], found["bit_identical"]) == (5, 5, True)
     assert workplace.digest() == workplace.digest(workplace.path / "runs" / "e2e" / "a-reference")
-    assert [fault["detected"] for fault in found["faults"][:4]] == ["crash", "crash", "crash", "stop"]
-    assert [fault["step"] for fault in found["faults"]] == [4, 9, 13, 18, 23, 25]
-    assert found["faults"][5]["detected"] == "corruption"
+    assert [fault["detected"] for fault in found["faults"][:3]] == ["crash", "crash", "stop"]
+    assert [found["faults"][index]["step"] for index in (0, 2, 3, 4)] == [3, 12, 15, 19]
+    assert found["faults"][1]["step"] >= 8, "it waits until there are two checkpoints"
+    assert found["faults"][4]["detected"] == "corruption"
     assert found["commands"] == 2, "once more after the preemption"
     assert found["recovery_seconds"]["median"] > 0
     assert found["by_kind"]["segfault"]["injected"] == 1
-    assert "step 5  rank 1  segfault at exchange" in output
+    assert "step 4  rank 1  segfault at exchange" in output
     assert "bit-identical  yes" in output
     assert_nothing_left(workplace)
 
@@ -86,3 +87,22 @@ def test_what_cannot_be_compared(struck: tuple[Workplace, str]) -> None:
     reference = f"chaos.reference={workplace.path / 'runs' / 'e2e' / 'a-reference'}"
     output = chaos(workplace, reference, "chaos.kinds=[kill]", "run.id=b", "optim.lr=1e-2", expect=2)
     assert "was trained with optim.lr=0.001, this config has 0.01" in output
+
+
+def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(struck: tuple[Workplace, str]) -> None:
+    workplace, _ = struck
+    schedule = write_schedule(workplace, (4, 0, "deadlock", "forward"), (8, 1, "kill", "forward"))
+    reference = workplace.path / "runs" / "e2e" / "a-reference"
+    again = [f"chaos.schedule={schedule}", f"chaos.reference={reference}", "run.id=stopped"]
+    command = [MUSTER, "chaos", *SMALL, f"data.path={workplace.path / 'corpus'}", *RUN, *again]
+    process = workplace.start(*command)
+    run = workplace.path / "runs" / "e2e" / "stopped"
+    wait_until((run / "faults" / "0000.json").exists, "the first fault, which hangs")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    assert_nothing_left(workplace)
+    assert "1/2  step 5  rank 0  deadlock at forward" in output and not (run / "verdict.json").exists()
+    chaos(workplace, *again, "run.resume=true")
+    found = verdict(workplace, "stopped")
+    assert (found["injected"], found["survived"], found["bit_identical"]) == (2, 2, True)
