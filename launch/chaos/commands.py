@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.chaos.hosts import Host
 
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 5.0
 
 
 class Commands:
