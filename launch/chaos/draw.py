@@ -30,8 +30,7 @@ def plan(config: RunConfig) -> list[Fault]:
         faults = read_schedule(Path(chaos.schedule), world_size(config), steps)
         if not faults:
             raise ConfigError("chaos.schedule", chaos.schedule, "is empty", "one JSON line a fault")
-        faults = faults if chaos.nodes else [_local(fault) for fault in faults]
-        return sorted(faults, key=lambda fault: fault.step)
+        return sorted((_stood_in(fault, config) for fault in faults), key=lambda fault: fault.step)
     chance = random.Random(chaos.seed)
     if chaos.kinds:
         for kind in chaos.kinds:
@@ -39,9 +38,7 @@ def plan(config: RunConfig) -> list[Fault]:
         pairs = [("", kind) for kind in chaos.kinds]
     else:
         pairs = draw(read_table(config.cluster), chaos.faults, chance)
-    faults = [Fault(0, 0, kind, "", component) for component, kind in pairs]
-    if not chaos.nodes:
-        faults = [_local(fault) for fault in faults]
+    faults = [_stood_in(Fault(0, 0, kind, "", component), config) for component, kind in pairs]
     needed = STEPS_APART * len(faults) + _MARGIN
     if steps < needed:
         raise ConfigError(
@@ -141,7 +138,12 @@ def _waiting_inside(faults: list[Fault], steps: int, every: int) -> list[Fault]:
     return [*others[:first], *inside, *others[len(others) - last :]]
 
 
-def _local(fault: Fault) -> Fault:
-    """What stands for a node's fault where there is only this machine."""
-    alone = KINDS[fault.kind].alone
-    return replace(fault, kind=alone, instead_of=fault.kind) if alone else fault
+def _stood_in(fault: Fault, config: RunConfig) -> Fault:
+    """The fault, or what stands for it where this run has not what it harms."""
+    kind = KINDS[fault.kind]
+    has = {"nodes": config.chaos.nodes > 0, "snapshots": config.checkpoint.memory_every != 0, "": True}
+    if has[kind.needs]:
+        return fault
+    other = KINDS[kind.stand_in]
+    point = fault.point if fault.point in ("", *other.points) else other.points[0]
+    return replace(fault, kind=kind.stand_in, point=point, instead_of=fault.kind)

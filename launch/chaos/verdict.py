@@ -164,7 +164,7 @@ def show(verdict: dict[str, Any], console: Console) -> None:
     if stood_in:
         pairs = sorted({f"{facts['kind']} for {facts['instead_of']}" for facts in stood_in})
         console.print(
-            f"{len(stood_in)} fault(s) of nodes were stood in for: {', '.join(pairs)} (chaos.nodes=0).",
+            f"{len(stood_in)} fault(s) were stood in for: {', '.join(pairs)}.",
             markup=False,
             soft_wrap=True,
         )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from parallel.engines.base import StateSlice
 from parallel.errors import ConfigError
+from trainer import faults
 from trainer.checkpoint.lease import Lease
 from trainer.checkpoint.slots import Header, Plan, Slot, keys_of, make_plan
 from trainer.checkpoint.timeline import Timelines
@@ -148,6 +149,7 @@ class MemoryTier:
     def _seal(
         self, slot: Slot, header: Header, table: bytes, text: bytes, on_sealed: Callable[[Slot], None] | None
     ) -> None:
+        faults.reach("snapshot", header.step)
         slot.write_texts(header, table, text)
         slot.seal(replace(header, checksum=slot.checksum(header)))
         self.lease.touch()

@@ -19,6 +19,7 @@ POINTS = {
     "before_optimizer": "gradients are summed, not yet clipped",
     "after_optimizer": "weights are updated, the step is not yet counted",
     "save": "a checkpoint is being written: the rank's shard is, nothing is committed",
+    "snapshot": "a snapshot is copied to memory that outlives the rank, and not sealed",
     "load": "state has been read, the first step has not begun",
 }
 """Where a fault may strike → what happens there."""
@@ -35,14 +36,16 @@ class Kind:
         points: where it may strike; a schedule that names none gets the first.
         ends: the command may end of it, as it should; `muster chaos` then starts it again, as an operator or a
             scheduler would.
-        alone: it strikes a node; the kind that stands for it where there is only this machine.
+        needs: ``nodes`` or ``snapshots``, where it harms these.
+        stand_in: the kind that stands for it in a run that has none.
         waits: it strikes at its step or at the first chance after it (a save, two checkpoints on the disk).
     """
 
     what: str
     points: tuple[str, ...] = STEP_POINTS
     ends: bool = False
-    alone: str = ""
+    needs: str = ""
+    stand_in: str = ""
     waits: bool = False
 
 
@@ -88,20 +91,38 @@ KINDS: dict[str, Kind] = {
     "kill-in-save": Kind(
         "SIGKILL to the rank with its shard written and nothing committed", _SAVE, waits=True
     ),
-    "flipped-shard": Kind("a bit flips in the newest checkpoint; every rank dies", _BATCH, waits=True),
-    "truncated-shard": Kind(
-        "the newest checkpoint loses half of a shard; every rank dies", _BATCH, waits=True
+    "flipped-shard": Kind("a bit flips in the newest checkpoint; power goes", _BATCH, waits=True),
+    "truncated-shard": Kind("the newest checkpoint loses half of a shard; power goes", _BATCH, waits=True),
+    "holed-shard": Kind("zeros in the middle of a shard; power goes", _BATCH, waits=True),
+    "missing-shard": Kind("a shard of the newest checkpoint is gone; power goes", _BATCH, waits=True),
+    # memory that outlives workers
+    "flipped-snapshot": Kind(
+        "a bit flips in the rank's newest snapshot in memory; the rank dies",
+        _BATCH,
+        waits=True,
+        needs="snapshots",
+        stand_in="kill",
     ),
-    "holed-shard": Kind("zeros in the middle of a shard; every rank dies", _BATCH, waits=True),
-    "missing-shard": Kind("a shard of the newest checkpoint is gone; every rank dies", _BATCH, waits=True),
+    "kill-in-snapshot": Kind(
+        "SIGKILL to the rank with a snapshot copied and not sealed",
+        ("snapshot",),
+        waits=True,
+        needs="snapshots",
+        stand_in="kill",
+    ),
     # somebody asks
     "preempt": Kind("SIGTERM to the agent: saved, left, started again", ends=True),
     "time-limit": Kind("SIGUSR1 to one worker, as Slurm sends ahead of a limit", ends=True),
     # a node
     "node-lost": Kind(
-        "every process of a node is killed, its memory is gone, a new node comes", alone="kill-all", ends=True
+        "every process of a node is killed, its memory is gone, a new node comes",
+        ends=True,
+        needs="nodes",
+        stand_in="kill-all",
     ),
-    "link-flap": Kind("the link of a node is down for two seconds", alone="connection-reset"),
+    "link-flap": Kind(
+        "the link of a node is down for two seconds", needs="nodes", stand_in="connection-reset"
+    ),
 }
 """Name → kind. Each has a mechanism of its own (trainer/faults/strikes.py)."""
 

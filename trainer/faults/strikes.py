@@ -25,6 +25,7 @@ import torch.distributed as dist
 from parallel.engines.base import StateSlice
 
 if TYPE_CHECKING:
+    from trainer.checkpoint.slots import Slot
     from trainer.faults.inject import Scene
 
 Strike = Callable[["Scene"], None]
@@ -213,14 +214,29 @@ def _committed(scene: Scene) -> list[Path]:
 
 
 def ready(scene: Scene) -> bool:
-    """Whether there is what the fault would harm: of two checkpoints, one may be damaged."""
+    """Whether there is what the fault would harm: of two checkpoints, or of two snapshots, one may be damaged."""
+    if scene.fault.kind == "flipped-snapshot":
+        return len(_sealed(scene)) > 1
     return not scene.fault.kind.endswith("-shard") or len(_committed(scene)) > 1
+
+
+def _sealed(scene: Scene) -> list[Slot]:
+    """This rank's snapshots, the newest last."""
+    memory = scene.trainer.memory
+    if memory is None:
+        return []
+    memory.wait()
+    known = [(slot.header.step, slot) for slot in memory.slots if slot.header is not None]
+    return [slot for _, slot in sorted(known, key=lambda pair: pair[0])]
 
 
 def _damage(harm: Callable[[Path], None]) -> Strike:
     def strike(scene: Scene) -> None:
         shards = sorted(_committed(scene)[-1].glob("*.safetensors"))
         harm(shards[scene.index % len(shards)])
+        if scene.trainer.memory is not None:  # power goes: what memory held is not there to go on from
+            for path in scene.trainer.memory.lease.folder.glob("rank-*.slot-*"):
+                path.unlink()
         _kill_all(scene)
 
     return strike
@@ -233,6 +249,11 @@ def flip_file(path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 0x10]))
+
+
+def _flip_snapshot(scene: Scene) -> None:
+    flip_file(_sealed(scene)[-1].path)
+    kill_self()
 
 
 def _truncate(path: Path) -> None:
@@ -280,6 +301,8 @@ STRIKES: dict[str, Strike] = {
     "truncated-shard": _damage(_truncate),
     "holed-shard": _damage(_hole),
     "missing-shard": _damage(lambda path: path.unlink()),
+    "flipped-snapshot": _flip_snapshot,
+    "kill-in-snapshot": lambda scene: kill_self(),
     "preempt": _signal_agent(signal.SIGTERM),
     "time-limit": _signal(signal.SIGUSR1),
     "node-lost": _await_end,
