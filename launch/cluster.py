@@ -413,6 +413,7 @@ class Cluster:
 
     def blame(self, failure: Failure) -> None:
         """Count a failure against its host; one with too many does not work in the next generation."""
+        self.poll()  # a spare may have come in this very moment
         host = failure.host
         mine = [member for member in self.members.values() if member.hello.host == host]
         if failure.kind not in _HOST_KINDS or not self._offences.add(host, time.time()):

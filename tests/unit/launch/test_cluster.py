@@ -216,8 +216,9 @@ def test_a_spare_is_announced_as_one_even_if_it_comes_when_the_seat_is_free(
     cluster.assemble(tmp_path)
     assert told() == [("excluded", "b"), ("spare", "c")]
     assert ranks(cluster) == {"c": 1}
-    orders = [next_order(old) for _ in range(4)]
-    assert "failed too often" in orders[-1].message and orders[-1].code == 70
+    while (order := next_order(old)).do != "leave":
+        pass
+    assert "failed too often" in order.message and order.code == 70
     again = nodes.join("b")
     until(lambda: (cluster.poll(), again.orders)[1])
     assert [order.do for order in again.orders if str(again.id) in order.ranks] == ["leave"]
@@ -237,11 +238,11 @@ def test_a_leader_that_fails_again_and_again_leaves_to_another(nodes: Nodes, tmp
     cluster = nodes.lead("1:2")
     link = nodes.join("b")
     begun(cluster, nodes, tmp_path)
-    until(lambda: len(link.orders) == 2)  # prepare, roster
-    link.tell(Status(ready=True, orders_done=3))
+    link.tell(Status(ready=True, orders_done=9))  # whatever it is told, it has done
     with pytest.raises(Deposed, match="h0 failed too often"):
         cluster.blame(failed("h0"))
-    assert [next_order(link).do for _ in range(3)][-1] == "succeed"
+    while next_order(link).do != "succeed":
+        pass
     cluster.end()
 
 
