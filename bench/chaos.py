@@ -34,7 +34,7 @@ MODEL = [
     ),
     *("data.tokenizer.vocab_size=1024", "train.seq_len=64", "train.global_batch=8", "train.num_threads=1"),
     *("optim.schedule=constant", "launcher.nproc_per_node=2", "parallel.ep=2", "logger.wandb.mode=disabled"),
-    *("checkpoint.every=4", "run.name=chaos"),
+    *("checkpoint.every=4", "resilience.collective_timeout_seconds=20", "run.name=chaos"),
 ]
 
 
