@@ -52,7 +52,7 @@ def test_faults_are_survived_and_change_no_bit(struck: tuple[Workplace, str]) ->
     found = verdict(workplace, "a")
     assert (found["injected"], found["survived"], found["bit_identical"]) == (5, 5, True)
     assert workplace.digest() == workplace.digest(workplace.path / "runs" / "e2e" / "a-reference")
-    assert [fault["detected"] for fault in found["faults"][:3]] == ["crash", "crash", "stop"]
+    assert [fault["detected"] for fault in found["faults"][:3]] == ["crash", "crash", "preempted"]
     assert [found["faults"][index]["step"] for index in (0, 2, 3, 4)] == [3, 12, 15, 19]
     assert found["faults"][1]["step"] >= 8, "it waits until there are two checkpoints"
     assert found["faults"][4]["detected"] == "corruption"
@@ -89,7 +89,7 @@ def test_what_cannot_be_compared(struck: tuple[Workplace, str]) -> None:
     assert "was trained with optim.lr=0.001, this config has 0.01" in output
 
 
-def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(struck: tuple[Workplace, str]) -> None:
+def test_a_stop_leaves_nothing_running_and_the_same_command_goes_on(struck: tuple[Workplace, str]) -> None:
     workplace, _ = struck
     schedule = write_schedule(workplace, (4, 0, "deadlock", "forward"), (8, 1, "kill", "forward"))
     reference = workplace.path / "runs" / "e2e" / "a-reference"
@@ -98,7 +98,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(struck: tupl
     process = workplace.start(*command)
     run = workplace.path / "runs" / "e2e" / "stopped"
     wait_until((run / "faults" / "0000.json").exists, "the first fault, which hangs")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75, output
     assert_nothing_left(workplace)

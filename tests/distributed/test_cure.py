@@ -24,7 +24,7 @@ SMALL = [
     *("model.num_kv_heads=2", "data=text", "data.tokenizer.vocab_size=300", "train.seq_len=32"),
     *("train.global_batch=16", "train.num_threads=1", "optim.schedule=constant", "optim.warmup_steps=5"),
     *("optim.lr=2e-3", "eval.max_rows=32", "logger.terminal=off", "logger.wandb.mode=disabled"),
-    *("checkpoint.every=0", "layout.num_experts=8", "data.valid_fraction=0.2"),
+    *("checkpoint.every=0", "checkpoint.memory_every=0", "layout.num_experts=8", "data.valid_fraction=0.2"),
 ]
 AT = 10
 EP2 = ["launcher.nproc_per_node=2", "parallel.ep=2"]
