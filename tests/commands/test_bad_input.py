@@ -26,10 +26,21 @@ THREE = "launcher.nproc_per_node=3"
             [THREE, "parallel.dp_replicate=2"],
             ["parallel.dp_replicate=2", "the world of 3 rank(s) is not divisible", "Fix: parallel.dp_rep"],
         ),
-        ([THREE], ["train.global_batch=8", "must be a multiple of dp (3)", "Fix: train.global_batch=9."]),
+        (
+            [THREE],
+            [
+                "train.global_batch=8",
+                "must be a multiple of dp (3)",
+                "Fix: train.global_batch=9, or train.pad_batch=true.",
+            ],
+        ),
         (
             [*EP2, "train.micro_batch=3"],
-            ["train.global_batch=8", "a multiple of micro_batch · dp (3 · 2 = 6)", "train.global_batch=6."],
+            [
+                "train.global_batch=8",
+                "a multiple of micro_batch · dp (3 · 2 = 6)",
+                "train.global_batch=6, or ",
+            ],
         ),
         (["data.path=nowhere"], ["data.path=", "nowhere", "there is no such file or folder"]),
         (
