@@ -36,8 +36,8 @@ SMALL = [
     "train.num_threads=1",
     "optim.warmup_steps=2",
     "optim.max_grad_norm=0.5",
-    # AdamW divides a gradient by its own size: with 1e-8 one element of 1e-8 of the largest turned the rounding of
-    # its sum into a tenth of a learning rate, and that into all of a tensor's deviation.
+    # AdamW divides a gradient by its own size: with 1e-8, one element whose gradient was 3e-8 (median 3e-3) turned
+    # rounding into 5e-6 of weight, which was nearly all of its tensor's deviation.
     "optim.eps=1e-6",
     "layout.balance.coefficient=0.05",
     "layout.balance.router_z=0.01",
