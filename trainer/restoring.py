@@ -104,8 +104,9 @@ def _load(trainer: Trainer, at_most: int | None) -> _Loaded:
     choice = election.run(slices, rank_tensors, at_most)
     checkpoint, path = election.checkpoint, ""
     alarms = election.alarms
-    if choice is None:
-        checkpoint, unclaimed = _load_origin(trainer, alarms)
+    is_import = checkpoint is not None and not checkpoint.trainer  # weights alone
+    if choice is None or is_import:
+        checkpoint, unclaimed = _load_origin(trainer, checkpoint, alarms)
         tier = None if checkpoint is None else Tier.durable
     elif checkpoint is not None:
         fill_buffers(trainer.engine.model)  # those that no checkpoint holds
@@ -136,8 +137,13 @@ def _load_checkpoint(trainer: Trainer, checkpoint: Checkpoint) -> str:
     )
 
 
-def _load_origin(trainer: Trainer, alarms: list[Alarm]) -> tuple[Checkpoint | None, str]:
-    """What a run begins with that has no state of its own: ``checkpoint.load_from``, or new weights. Collective.
+def _load_origin(
+    trainer: Trainer, imported: Checkpoint | None, alarms: list[Alarm]
+) -> tuple[Checkpoint | None, str]:
+    """What a run begins with that has no state of its own. Collective.
+
+    Args:
+        imported: the weights in its own directory; None: ``checkpoint.load_from``, or new weights.
 
     Raises:
         RuntimeError: this process went on from a state that is gone meanwhile; only a restart can begin anew.
@@ -145,13 +151,15 @@ def _load_origin(trainer: Trainer, alarms: list[Alarm]) -> tuple[Checkpoint | No
     config, again = trainer.config, trainer.has_begun
     if again and trainer.first_state is None:
         raise RuntimeError("no state is left that the run could go back to")
-    found = None if config.checkpoint.load_from is None else _open_origin(trainer, alarms)
+    found = imported
+    if found is None and config.checkpoint.load_from is not None:
+        found = _open_origin(trainer, alarms)
     weights_only = found is not None and (config.checkpoint.load_weights_only or not found.trainer)
     if found is None or weights_only:
         initialise(trainer.engine.model, trainer.engine.named_state(), config.train.seed)
     fill_buffers(trainer.engine.model)  # before the load: what is in a checkpoint comes from there
     unclaimed = ""
-    if found is not None and weights_only:  # as of an imported model: there is nothing else in it
+    if found is not None and weights_only:
         weights = (piece for piece in trainer.engine.named_state() if piece.name.startswith("model."))
         found.load_into(weights, prefix="model.")
     elif found is not None:
