@@ -24,8 +24,8 @@ $(READY): pyproject.toml constraints.txt
 train: setup ## the main job: train a Mixture-of-Experts on two processes (ARGS="train.steps=600" changes it)
 	$(BIN)/muster train experiment=quickstart $(ARGS)
 
-test: setup ## all tests that need no GPU, in three lanes (tests/conftest.py)
-	$(BIN)/python -m pytest -n 3 $(ARGS)
+test: setup ## all tests that need no GPU, in two lanes (tests/conftest.py)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -o addopts='' -m gpu tests/gpu $(ARGS)

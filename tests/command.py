@@ -83,7 +83,7 @@ class Workplace:
     def run(self, *args: str, expect: int = 0) -> str:
         """Run a command to its end; its whole output. Asserts the exit code."""
         process = self.start(*args)
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=1000)
         assert process.returncode == expect, f"exit code {process.returncode}, not {expect}:\n{output}"
         return output
 

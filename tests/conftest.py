@@ -7,14 +7,13 @@ from tests.command import CALM, Workplace
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """``make test`` in three processes: one computes, two start commands and wait for them."""
+    """``make test`` in two processes: one computes, the other starts commands and waits for them."""
     from xdist.scheduler import LoadScopeScheduling  # not needed, and maybe not there, without -n
 
     class Lanes(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith(("tests/unit/", "tests/conf/", "tests/distributed/")):
-                return "compute"
-            return "faults" if nodeid.startswith(("tests/chaos/", "tests/test_main_job.py")) else "commands"
+            computes = nodeid.startswith(("tests/unit/", "tests/conf/", "tests/distributed/"))
+            return "compute" if computes else "commands"
 
     return Lanes(config, log)
 
