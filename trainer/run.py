@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +57,7 @@ from trainer.step import Stepper
 
 _SAVE_TIMEOUT_SECONDS = 600.0
 _SHARED_SECONDS = 20.0
+_PART_SECONDS = 10.0
 _PATIENCE = 2.0
 """A rank in a phase of unknown length is waited for so many times as long as in a collective: whoever waits there
 has given up by then, and has told of it."""
@@ -118,7 +120,21 @@ def run_worker(
         raise
     trainer.give_memory_back()  # all is on the disk; a run that dies leaves it for its restart
     trainer.log.close()
+    _part(place)
     return finished
+
+
+def _part(place: Place) -> None:
+    """Leave together: gloo fails a rank that wakes late from its last collective and finds a peer gone by then.
+
+    Through the store, and not for long: a rank that died meanwhile is for others to deal with.
+    """
+    until = time.monotonic() + _PART_SECONDS
+    with suppress(RuntimeError):  # who hosts the store may have left, having seen everyone here
+        count = place.store.add("parted", 1)
+        while count < place.world_size and time.monotonic() < until:
+            time.sleep(0.005)
+            count = place.store.add("parted", 0)
 
 
 def join_ranks(config: RunConfig, place: Place) -> tuple[torch.device, dist.ProcessGroup]:
