@@ -233,6 +233,7 @@ def test_a_suspended_rank_is_named_in_the_log_of_the_others(workplace: Workplace
         "parallel.ep=2",
         "eval.every=0",
         "resilience.collective_timeout_seconds=10",
+        "resilience.heartbeat_seconds=60",  # so that it is not the agent that finds it
         "resilience.max_restarts=0",
         f"callbacks=[{suspend}]",
         f"data.path={workplace.path / 'corpus'}",
