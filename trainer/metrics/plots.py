@@ -114,14 +114,16 @@ def line_plot(
 ) -> str:
     """Curves over steps as SVG. ``size`` in inches of 72 CSS pixels; ``unit`` labels the y axis."""
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size)
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
         _draw_marks(axes, marks)
         _style(axes, unit, percent)
         _room_for_flat(axes, lines)
-        if any(line.label for line in lines):
+        legend = any(line.label for line in lines)
+        _set_margins(figure, legend)
+        if legend:
             above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(lines)}
             axes.legend(frameon=False, fontsize=9.5, borderaxespad=0.2, labelcolor=COLOR["ink"], **above)
         return svg(figure, "plot")
@@ -195,6 +197,15 @@ def _style(axes: Axes, unit: str, percent: bool) -> None:
     elif axes.get_ylim()[1] >= 1000:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
     axes.tick_params(length=3)
+
+
+def _set_margins(figure: Figure, legend: bool) -> None:
+    """The same for all curves, so that they align; to fit each to its labels takes longer than to draw it."""
+    width, height = figure.get_size_inches()
+    above = 0.32 if legend else 0.1
+    figure.subplots_adjust(
+        left=0.72 / width, right=1.0 - 0.12 / width, bottom=0.46 / height, top=1.0 - above / height
+    )
 
 
 def _room_for_flat(axes: Axes, lines: Sequence[Line]) -> None:
