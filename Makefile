@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 train: setup ## the main job: train a Mixture-of-Experts on two processes (ARGS="train.steps=600" changes it)
 	$(BIN)/muster train experiment=quickstart $(ARGS)
 
-test: setup ## all tests that need no GPU, in two lanes (tests/conftest.py)
+test: setup ## all tests that need no GPU, two at a time (tests/conftest.py)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-gpu: setup ## tests that need a CUDA device

@@ -7,13 +7,20 @@ from tests.command import CALM, Workplace
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """``make test`` in two processes: one computes, the other starts commands and waits for them."""
+    """``make test`` in two processes, each of which takes the next group of tests when it is done with one.
+
+    Nodes of tests/cluster have names and addresses, and tests/distributed pools of processes: each of these is one
+    group. The largest groups begin first; long single tests go with them, not to the end.
+    """
     from xdist.scheduler import LoadScopeScheduling  # not needed, and maybe not there, without -n
 
     class Lanes(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            computes = nodeid.startswith(("tests/unit/", "tests/conf/", "tests/distributed/"))
-            return "compute" if computes else "commands"
+            file = nodeid.partition("::")[0]
+            folder = file.split("/")[1]
+            if folder in ("unit", "conf", "distributed"):
+                return folder
+            return "long" if folder in ("cluster", "test_main_job.py") or "llama3" in file else file
 
     return Lanes(config, log)
 
