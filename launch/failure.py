@@ -115,7 +115,8 @@ def _failure_of(worker: Worker) -> Failure | None:
             certain=exit_code in (EXIT_CONFIG, EXIT_GAVE_UP) or not _FALLOUT.search(cause),
         )
         # All ranks may have agreed that another one is to blame.
-        return replace(found, rank=report.get("rank", found.rank), host=report.get("host", found.host))
+        names = ("rank", "host", "began", "evidence")
+        return replace(found, **{name: report[name] for name in names if name in report})
     if code is None:
         return None
     if code < 0:

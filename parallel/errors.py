@@ -27,14 +27,25 @@ class NamedFailure(RuntimeError):
     """What all ranks agree went wrong, and the rank that is to blame; a restart may mend it.
 
     Args:
-        kind: as in the event ``failure``: ``non-finite``, ``corruption``.
+        kind: as in the event ``failure``: ``non-finite``, ``corruption``, ``straggler``.
         cause: for a person.
         rank: to blame, if one is.
         host: its name.
+        began: unix time since which it went wrong, if that was not just now.
+        evidence: what the cause rests on.
     """
 
-    def __init__(self, kind: str, cause: str, rank: int | None = None, host: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        cause: str,
+        rank: int | None = None,
+        host: str | None = None,
+        began: float | None = None,
+        evidence: str | None = None,
+    ) -> None:
         self.kind, self.cause, self.rank, self.host = kind, cause, rank, host
+        self.began, self.evidence = began, evidence
         super().__init__(cause)
 
 

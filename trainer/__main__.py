@@ -90,7 +90,8 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
             _say(places)
         cause = f"{''.join(traceback.format_exception_only(error)).strip()} {places}".strip()
         if isinstance(error, NamedFailure):
-            _report(error.kind, error.cause, 1, rank=error.rank, host=error.host)
+            more = {name: getattr(error, name) for name in ("rank", "host", "began", "evidence")}
+            _report(error.kind, error.cause, 1, **more)
         else:
             _report(error.kind if isinstance(error, DesyncError) else "crash", cause, 1)
         _tell(watchdog, f"rank {os.environ.get('RANK', '0')} failed: {cause}")
@@ -113,16 +114,17 @@ def _places(error: BaseException, arrival: Arrival | None) -> str:
     return f"Where the ranks are: {found}" if found else ""
 
 
-def _report(kind: str, cause: str, exit_code: int, rank: int | None = None, host: str | None = None) -> None:
+def _report(kind: str, cause: str, exit_code: int, **known: object) -> None:
     """Tell the agent why this process ends, before its connections close.
 
     Args:
-        rank, host: to blame, where that is known and need not be this process.
+        known: what else is known, None for what is not: ``rank`` and ``host`` to blame, which need not be this
+            process; ``began``, ``evidence`` as of :class:`parallel.errors.NamedFailure`.
     """
     path = os.environ.get("MUSTER_ERROR_FILE")
     if path is not None:
-        blamed = {key: value for key, value in (("rank", rank), ("host", host)) if value is not None}
-        report = {"kind": kind, "cause": cause, "exit_code": exit_code, **blamed}
+        told = {key: value for key, value in known.items() if value is not None}
+        report = {"kind": kind, "cause": cause, "exit_code": exit_code, **told}
         Path(path).write_text(json.dumps(report) + "\n")
 
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+
+
+class StragglerAction(Enum):
+    report = "report"
+    replace = "replace"
 
 
 @dataclass
@@ -50,6 +56,12 @@ class ResilienceConfig:
     host_failures: int = 3
     """On several nodes: a host that fails so often within an hour is left out, if the run can go on without it; 0:
     never."""
+    straggler_factor: float = 2.0
+    """Times the median rank's work in a step, beyond which a rank is a straggler (CPUs only); 0: not compared."""
+    straggler_seconds: float = 30.0
+    """A window of at least so long, and of at least five steps, whose median is compared; three in a row decide."""
+    straggler_action: StragglerAction = StragglerAction.report
+    """``report``: an alarm names it; ``replace``: the workers are restarted, and it counts against its host."""
 
 
 @dataclass

@@ -42,6 +42,7 @@ from trainer.restoring import restore
 from trainer.runlog import RunLog
 from trainer.saving import TrainState, save_checkpoint, take_snapshot, trainer_state
 from trainer.step import Stepper, StepResult
+from trainer.straggler import Stragglers
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Trainer:
         hardware: what tokens per second are measured against.
         cadence: which steps get a snapshot in memory.
         timelines: which of the run's states count.
+        stragglers: tells how long this rank works; None: ranks are not compared.
         cure: what is done about uneven and dead experts; None: nothing.
         guard: decides whether a step commits; None: every one does.
         memory: this rank's snapshots; None: off.
@@ -85,6 +87,7 @@ class Trainer:
     control: dist.ProcessGroup
     cadence: Cadence
     timelines: Timelines
+    stragglers: Stragglers | None = None
     cure: Cure | None = None
     guard: Guard | None = None
     memory: MemoryTier | None = None
@@ -142,8 +145,10 @@ class Trainer:
                 take_snapshot(self)
                 self.stepper.pulse.commit(state.step)
             self._log_saves()
+            self._tell_stragglers()
             if stop and not last:
                 self.stepper.pulse.enter("finish")
+                self._tell_stragglers(last=True)
                 self.health.finish()
                 self._last_save()
                 why = {"reason": "asked to stop", "resumable": True, **self._who_was_asked()}
@@ -155,6 +160,8 @@ class Trainer:
     def step(self) -> StepResult | None:
         """One optimizer step on the next samples; None: stepped over, or the run went back. Collective."""
         began = time.perf_counter()
+        if self.stragglers is not None:
+            self.stragglers.begin()
         pulse = self.stepper.pulse
         pulse.enter("data", self.state.step + 1)
         faults.reach("batch", self.state.step)
@@ -180,6 +187,8 @@ class Trainer:
                     actions = self.cure.after_step(self.state.step, result.totals)
                 for fields in actions:
                     self.log.event("cure", self.state.step, **fields)
+            if self.stragglers is not None:
+                self.stragglers.stepped(result.totals.counts_LE)
         self._since_log.append(time.perf_counter() - began)
         self.cadence.stepped(self._since_log[-1])
         return result
@@ -316,6 +325,7 @@ class Trainer:
             seconds = sum(self._since_log) / len(self._since_log)
             record = step_metrics(result, self.config, self.hardware, seconds)
             record |= {} if self.cure is None else self.cure.metrics()
+            record |= {} if self.stragglers is None else self.stragglers.metrics()
         if logged:
             record.update(self.health.metrics(result.totals))
         self.health.after_step(self.state.step, result.totals)
@@ -335,6 +345,12 @@ class Trainer:
         record.update(step=self.state.step, tokens=self.state.tokens)
         self.log.metrics(record, sum(self._since_log))
         self._since_log.clear()
+
+    def _tell_stragglers(self, last: bool = False) -> None:
+        """Write what is due of slow ranks. Raises NamedFailure of one that is to be replaced."""
+        if self.stragglers is not None:
+            for fields in self.stragglers.last_alarms() if last else self.stragglers.alarms():
+                self.log.event("alarm", self.state.step, **fields)
 
     def _log_saves(self) -> None:
         """Log the saves that were committed meanwhile, and one that failed."""
@@ -357,6 +373,7 @@ class Trainer:
 
     def _finish(self) -> None:
         self.stepper.pulse.enter("finish")
+        self._tell_stragglers(last=True)
         self._last_save()
         self.health.finish()
         for callback in self.callbacks:

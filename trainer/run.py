@@ -6,7 +6,7 @@ import gc
 import os
 import socket
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +54,7 @@ from trainer.resilience import StopSignal
 from trainer.restoring import begin
 from trainer.runlog import RunLog
 from trainer.step import Stepper
+from trainer.straggler import WaitClock, build_stragglers
 
 _SAVE_TIMEOUT_SECONDS = 600.0
 _SHARED_SECONDS = 20.0
@@ -110,11 +111,18 @@ def run_worker(
     meshes = build_meshes(dims, device.type)
     trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
     trainer.stepper.pulse, trainer.stepper.stop_cause = pulse, stop.cause
+    clock, ep_rank = WaitClock(), dims.sparse_coordinate(place.rank)["ep"]
+    trainer.stragglers = build_stragglers(
+        config, place.rank, place.world_size, ep_rank, place.store, run_dir, clock
+    )
+    if trainer.stragglers is not None:
+        pulse.watchers.append(trainer.stragglers.look)
     if not gc.isenabled():  # trainer/__main__.py: for the imports
         gc.freeze()  # modules stay: no later collection need go through them
         gc.enable()
     try:
-        finished = trainer.train()
+        with clock.running() if trainer.stragglers is not None else nullcontext():
+            finished = trainer.train()
     except BaseException:
         trainer.log.close(complain=False)
         raise

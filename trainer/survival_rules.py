@@ -64,6 +64,7 @@ def check_survival(config: RunConfig) -> None:
         ("resilience.collective_timeout_seconds", resilience.collective_timeout_seconds),
         ("resilience.stop_grace_seconds", resilience.stop_grace_seconds),
         ("resilience.step_deadline_seconds", resilience.step_deadline_seconds),
+        ("resilience.straggler_seconds", resilience.straggler_seconds),
     ):
         require(seconds > 0, path, seconds, "must be above 0 seconds", f"{path}=60")
     require(
@@ -79,6 +80,14 @@ def check_survival(config: RunConfig) -> None:
         resilience.deadline_factor,
         "a part of a step may take at least twice as long as usual",
         "resilience.deadline_factor=10",
+    )
+    factor = resilience.straggler_factor
+    require(
+        factor == 0 or factor >= 1.2,
+        "resilience.straggler_factor",
+        factor,
+        "ranks that are alike differ by less than 1.2 times",
+        "resilience.straggler_factor=2, or 0 for none",
     )
 
 

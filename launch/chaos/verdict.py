@@ -19,7 +19,7 @@ from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE, Record
 
 _NOTICED = ("failure", "rollback", "stop", "restart")
-_ALARMS = ("non_finite", "spike")
+_ALARMS = ("non_finite", "spike", "straggler")
 """Kinds of alarm by which a guard says that a step did not commit."""
 _LOSSES = ("loss/train", "loss/valid")
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,21 @@ def never_get_on() -> None:
     lock = threading.Lock()
     with lock:
         lock.acquire()
+
+
+class SleepAtWork(Callback):
+    """Makes ranks' steps longer; with a folder, only in the run's first process of each."""
+
+    def __init__(self, ranks: list[int], seconds: float, folder: str = "") -> None:
+        self.ranks, self.seconds, self.folder = ranks, seconds, folder
+
+    def on_start(self, trainer: Trainer) -> None:
+        mark = Path(self.folder) / f"slept-{trainer.rank}"
+        if trainer.rank not in self.ranks or (self.folder and mark.exists()):
+            self.seconds = 0.0
+        elif self.folder:
+            mark.parent.mkdir(exist_ok=True)
+            mark.touch()
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        time.sleep(self.seconds)

@@ -94,6 +94,10 @@ class RecoveryClock:
                 self._open.started = now
         elif interrupts(event):
             self._failure(event)
+        elif name == "alarm" and event["kind"] == "straggler":
+            if self._open is None:
+                self.spans.append(Span("straggling", max(event["began"], self._floor), now))
+                self._floor = now
         elif name == "restart" and self._open is not None:
             self._open.target = max(self._open.target, int(event["step"]) + int(event["lost_steps"]))
         elif name == "rollback":

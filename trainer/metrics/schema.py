@@ -93,6 +93,13 @@ METRICS: tuple[Metric, ...] = (
         "the end of the optimizer step. Evaluations and waits for checkpoints are not in it.",
     ),
     Metric(
+        "perf/rank_work_max_over_median",
+        "of median",
+        "number",
+        "Time that the slowest rank works in a step (its wall seconds less its waits in collectives) / the median "
+        "rank's, medians over `resilience.straggler_seconds`. On CPUs, with `resilience.straggler_factor` above 0.",
+    ),
+    Metric(
         "moe/L{i}/load",
         "fraction",
         "fractions",
@@ -275,6 +282,8 @@ EVENTS: dict[str, dict[str, str]] = {
         "evidence": "a dict a layer of the message: `layer`, `experts` and numbers",
         "remedy": "what to change in the config",
         "action": "of the guard: `redone` or `stepped over`; with `value` (the loss), `threshold`, `rank`, `host`",
+        "began": "of kind `straggler`, with `rank`, `host` and the ranks' times as `evidence`: unix time since "
+        "which it was slow and no alarm had said so",
     },
     "cure": {
         "kind": "policy that acted",
@@ -303,7 +312,7 @@ _OPTIONAL_FIELDS = {
     "start": {"wandb_id"},
     "resume": {"load_seconds"},
     "stop": {"kind", "rank", "host", "cause"},
-    "alarm": {"state", "layers", "since", "evidence", "remedy", "action"},
+    "alarm": {"state", "layers", "since", "evidence", "remedy", "action", "began"},
     "failure": {"evidence", "began", "path"},
 }
 

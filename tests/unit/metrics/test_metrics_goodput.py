@@ -142,6 +142,21 @@ def test_slow_steps_are_useful_up_to_the_median() -> None:
     assert found.useful == 7.0 and found.straggling == 4.0 and found.wall == 11.0
 
 
+def test_a_straggler_that_is_only_named_costs_what_its_steps_took_beyond_the_median() -> None:
+    # Slow from step 3 to 6: told after 4, again after 6; it is no interruption.
+    def named(time: float, at: int, began: float) -> Record:
+        return event("alarm", time, at, kind="straggler", message="rank 1 is slow", began=T0 + began)
+
+    events = [start(0.0), named(8.0, 4, 2.0), named(14.0, 6, 8.0), finish(19.0, 11)]
+    records, time = [], 0.0
+    for n in range(1, 12):
+        seconds = 3.0 if 3 <= n <= 6 else 1.0
+        time += seconds
+        records.append(step(n, time, seconds=seconds))
+    found = account(events, records)
+    assert found.useful == 11.0 and found.straggling == 8.0 and found.wall == 19.0
+
+
 def test_a_death_that_nobody_reported_is_a_restart() -> None:
     events = [start(0.0), start(5.0, 1), resume(5.0, 2) | {"load_seconds": 1.0}, finish(8.0, 5)]
     records = [step(1, 1.0), step(2, 2.0), step(3, 6.0), step(4, 7.0), step(5, 8.0)]
