@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Host, hosts, need, ssh_servers
+from launch.chaos.hosts import Host, hosts
+from tests.cluster.hosts import need, ssh_servers
 from tests.command import CALM
 
 RUN = [*(override for override in CALM if not override.startswith("launcher.")), "checkpoint.every=4"]

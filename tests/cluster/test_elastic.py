@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
+from launch.chaos.hosts import Host, hosts
 from tests.cluster.conftest import RUN
-from tests.cluster.hosts import Host, hosts, need
+from tests.cluster.hosts import need
 from tests.cluster.test_two_nodes import assert_same
 from tests.command import MUSTER, SMALL, Workplace
 from tests.commands.plugins import entry
@@ -28,10 +29,15 @@ def three() -> Iterator[list[Host]]:
         yield made
 
 
-def start(workplace: Workplace, host: Host, *more: str) -> subprocess.Popen[str]:
-    """`muster train` on one of the hosts."""
+Running = dict[Host, "subprocess.Popen[str]"]
+"""`muster train` by the host that it runs on."""
+
+
+def start(workplace: Workplace, members: Sequence[Host], *more: str) -> Running:
+    """`muster train` on hosts."""
     data = f"data.path={workplace.path / 'corpus'}"
-    return workplace.start(*host.command(MUSTER, "train", *SMALL, data, *RUN, *QUICK, *more))
+    words = [MUSTER, "train", *SMALL, data, *RUN, *QUICK, *more]
+    return {host: workplace.start(*host.command(*words)) for host in members}
 
 
 def gate(workplace: Workplace, *steps: int, then: str = "") -> str:
@@ -48,16 +54,17 @@ def go(workplace: Workplace, step: int) -> None:
     (workplace.path / f"go-{step}").touch()
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
+def finish(running: Running) -> list[str]:
+    """What they printed, if all end well."""
+    outputs = [process.communicate(timeout=300)[0] for process in running.values()]
+    assert [process.returncode for process in running.values()] == [0] * len(running), "\n".join(outputs)
+    return outputs
 
 
-def die(host: Host) -> None:
-    """Every process of a host at once: the machine is gone."""
-    for pid in host.processes():
-        subprocess.run(["kill", "-KILL", str(pid)], capture_output=True)
+def lose(running: Running, host: Host) -> None:
+    """Every process of a host dies at once: the machine is gone."""
+    host.destroy()
+    running.pop(host).communicate()
 
 
 def members(workplace: Workplace) -> list[tuple[str, str]]:
@@ -71,28 +78,33 @@ def assert_close(workplace: Workplace, calm: Workplace) -> None:
     assert max(abs(found[step] - wanted[step]) / wanted[step] for step in wanted) < TOLERANCE
 
 
+def lose_and_take_in(workplace: Workplace, both: Sequence[Host], lost: Host) -> None:
+    """A run of two nodes goes on with one, and from the next checkpoint on with both again, by the same command."""
+    more = ["launcher.nnodes=1:2", gate(workplace, 5, 7, 10)]
+    running = start(workplace, both, *more)
+    reached(workplace, 5)
+    lose(running, lost)
+    go(workplace, 5)
+    reached(workplace, 7)  # alone
+    running |= start(workplace, [lost], *more)
+    wait_until(lambda: ("back", lost.name) in members(workplace), f"the return of {lost.name}")
+    go(workplace, 7)
+    wait_until(lambda: ("taken_in", lost.name) in members(workplace), "its work after the next checkpoint")
+    go(workplace, 10)
+    outputs = finish(running)
+    changes = [("lost", lost.name), ("back", lost.name), ("taken_in", lost.name)]
+    assert members(workplace) == changes, outputs
+    (failure,) = workplace.events("failure")
+    assert (failure["kind"], failure["host"]) == ("node-lost", lost.name)
+    assert [event["world_size"] for event in workplace.events("relayout")] == [1, 2]
+    assert [event["world_size"] for event in workplace.events("start")] == [2, 1, 2]
+
+
 def test_a_run_goes_on_without_a_node_and_takes_it_in_again(
     workplace: Workplace, three: list[Host], calm: Workplace
 ) -> None:
-    first, second, _ = three
-    more = ["launcher.nnodes=1:2", gate(workplace, 5, 7, 10)]
-    head, other = start(workplace, first, *more), start(workplace, second, *more)
-    reached(workplace, 5)
-    die(second)
-    other.communicate()
-    go(workplace, 5)
-    reached(workplace, 7)  # alone
-    back = start(workplace, second, *more)
-    wait_until(lambda: ("back", "node-b") in members(workplace), "the node that came back")
-    go(workplace, 7)
-    wait_until(lambda: ("taken_in", "node-b") in members(workplace), "its work after the next checkpoint")
-    go(workplace, 10)
-    outputs = [finish(process) for process in (head, back)]
-    assert members(workplace) == [("lost", "node-b"), ("back", "node-b"), ("taken_in", "node-b")], outputs
-    assert [event["world_size"] for event in workplace.events("relayout")] == [1, 2]
-    assert [event["world_size"] for event in workplace.events("start")] == [2, 1, 2]
-    (failure,) = workplace.events("failure")
-    assert (failure["kind"], failure["host"]) == ("node-lost", "node-b")
+    lose_and_take_in(workplace, three[:2], lost=three[1])
+    assert not workplace.events("leader")
     assert len(workplace.events("regroup")) == 1
     assert len(list((workplace.run_dir / "configs").glob("0*.yaml"))) == 3
     assert_close(workplace, calm)
@@ -102,26 +114,10 @@ def test_a_run_goes_on_without_a_node_and_takes_it_in_again(
 def test_another_node_takes_over_from_node_0(
     workplace: Workplace, three: list[Host], calm: Workplace
 ) -> None:
-    first, second, _ = three
-    more = ["launcher.nnodes=1:2", gate(workplace, 5, 7, 10)]
-    head, other = start(workplace, first, *more), start(workplace, second, *more)
-    reached(workplace, 5)
-    die(first)
-    head.communicate()
-    go(workplace, 5)
-    reached(workplace, 7)
-    back = start(workplace, first, *more)  # the very command that node 0 was started with
-    wait_until(lambda: ("back", "node-a") in members(workplace), "the old node 0")
-    go(workplace, 7)
-    wait_until(lambda: ("taken_in", "node-a") in members(workplace), "its work after the next checkpoint")
-    go(workplace, 10)
-    outputs = [finish(process) for process in (other, back)]
-    assert members(workplace) == [("lost", "node-a"), ("back", "node-a"), ("taken_in", "node-a")], outputs
+    lose_and_take_in(workplace, three[:2], lost=three[0])
     (leader,) = workplace.events("leader")
     assert (leader["host"], leader["term"]) == ("node-b", 2)
-    (failure,) = workplace.events("failure")
-    assert (failure["kind"], failure["rank"], failure["host"]) == ("node-lost", 0, "node-a")
-    assert [event["world_size"] for event in workplace.events("start")] == [2, 1, 2]
+    assert workplace.events("failure")[0]["rank"] == 0
     assert_close(workplace, calm)
     assert_nothing_left(workplace)
 
@@ -134,16 +130,15 @@ def test_spares_take_the_places_of_a_lost_node_and_of_a_repeat_offender(
     killer = entry("tests.chaos.plugins:KillAt", **kills)
     more = ["launcher.nnodes=2", "launcher.spares=1", "resilience.host_failures=2"]
     more.append(gate(workplace, 0, 5, then=killer))
-    head, other = start(workplace, first, *more), start(workplace, second, *more)
+    running = start(workplace, [first, second], *more)
     reached(workplace, 0)  # both work: who comes now is the spare
-    spare = start(workplace, third, *more)
+    spare = start(workplace, [third], *more)[third]
     go(workplace, 0)
     reached(workplace, 5)
-    die(second)
-    other.communicate()
-    again = start(workplace, second, *more)  # a spare now
+    lose(running, second)
+    running |= start(workplace, [second], *more)  # a spare now
     go(workplace, 5)
-    outputs = [finish(process) for process in (head, again)]
+    outputs = finish(running)
     assert spare.communicate()[0].count("failed too often within an hour") and spare.returncode == 70
     changes = [("lost", "node-b"), ("spare", "node-c"), ("excluded", "node-c"), ("spare", "node-b")]
     assert members(workplace) == changes, outputs

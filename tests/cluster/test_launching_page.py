@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.chaos.hosts import Host
 from tests.cluster.conftest import RUN
-from tests.cluster.hosts import Host, need
+from tests.cluster.hosts import need
 from tests.command import REPO, SMALL, Workplace
 from tests.commands.watch import assert_nothing_left, path_with_muster
 

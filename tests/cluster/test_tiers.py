@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-
-from tests.cluster.hosts import Host
-from tests.cluster.test_two_nodes import NODES, assert_same, finish, held, overrides
-from tests.command import MUSTER, Workplace
+from launch.chaos.hosts import Host
+from tests.cluster.test_two_nodes import assert_same, finish, held, train_on
+from tests.command import Workplace
 from tests.commands.watch import wait_until
-
-
-def train_on(workplace: Workplace, host: Host, *more: str) -> subprocess.Popen[str]:
-    """`muster train` there, with a memory mount that nobody else sees and that ends with its processes."""
-    mount = f'mount -t tmpfs own {workplace.path / "memory"} && exec "$@"'
-    apart = host.command("unshare", "--mount", "sh", "-c", mount, "sh", MUSTER, "train")
-    return workplace.start(*apart, *overrides(workplace, *NODES, *more))
 
 
 def test_a_lost_nodes_state_comes_back_from_its_peer(
     workplace: Workplace, nodes: list[Host], calm: Workplace
 ) -> None:
-    (workplace.path / "memory").mkdir()
     more = [
         *held(workplace, step=6, forever=True),
         "checkpoint.every=0",
         "checkpoint.memory_every=1",
-        f"checkpoint.memory_dir={workplace.path / 'memory'}",
         "resilience.node_timeout_seconds=5",
     ]
     first, second = (train_on(workplace, host, *more) for host in nodes)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
+from launch.chaos.hosts import Host
 from tests.chaos.plugins import KillAt
 from tests.cluster.conftest import RUN
-from tests.cluster.hosts import Host
 from tests.command import MUSTER, REPO, SMALL, Workplace
 from tests.commands.plugins import entry
 from tests.commands.watch import assert_nothing_left, wait_until
