@@ -234,6 +234,9 @@ class Standby:
 
     def close(self) -> None:
         """End the server; workers that still live die with it."""
+        if not self._ready:  # it still imports, and would not look at its channel before the end of that
+            self._end_server()
+            return
         self._channel.close()
         self.is_alive = False
         try:

@@ -99,3 +99,22 @@ def test_workers_die_with_the_standby_and_another_takes_its_place(standby: Stand
     last = fork(standby, tmp_path, port=1)
     standby.close()
     wait_until(lambda: not psutil.pid_exists(last.pid), "the end of what a closed standby has forked")
+
+
+@pytest.mark.timeout(120)
+def test_a_standby_that_still_imports_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.standby._LEAVE_SECONDS", 3600.0)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nprint('imports', flush=True)\ntime.sleep(3600)\n"
+    )
+    log = tmp_path / "log"
+    with Standby({"PYTHONPATH": str(tmp_path)}, None, log, print):
+        wait_until(lambda: log.exists() and "imports" in log.read_text(), "the server")
+        (server,) = (
+            child
+            for child in psutil.Process().children()
+            if "trainer.forkserver" in child.cmdline() and str(tmp_path) in child.environ()["PYTHONPATH"]
+        )
+    assert not server.is_running()
