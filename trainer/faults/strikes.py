@@ -113,7 +113,10 @@ def _deadlock(scene: Scene) -> None:
 
 
 def _hold_interpreter(scene: Scene) -> None:
-    ctypes.PyDLL(None).pause()  # PyDLL, unlike CDLL, does not let go of the interpreter's lock
+    libc = ctypes.PyDLL(None)  # which, unlike CDLL, does not let go of the interpreter's lock
+    mutex = ctypes.create_string_buffer(128)  # zeros are a mutex that may be taken once
+    while True:  # signals do not end it, as they would a sleep: a worker is asked for its stacks by one
+        libc.pthread_mutex_lock(mutex)
 
 
 def _stuck_collective(scene: Scene) -> None:
