@@ -82,27 +82,28 @@ def _judge_one(
 ) -> dict[str, Any]:
     """What happened from a fault to the next one.
 
-    Recovery is the time from the strike to the end of the step that was under way (of the next one, where it was
-    finished and saved before the run stopped); only of faults that were noticed: the others cost no restart.
+    Recovery is the time from the strike to the end of the first step that ended after it was noticed and that was
+    not done before the strike; only of faults that were noticed: the others cost no restart. A step that a worker
+    finished between the two, before it was ended, is no sign of recovery.
     """
     noticed = next((event for event in events if _is_notice(event)), None)
-    done = int(noticed["step"]) if noticed is not None and noticed["event"] == "stop" else int(mark["step"])
-    after = reached.get(done + 1)
+    since = mark["time"] if noticed is None else noticed["time"]
+    ends = [time for step, time in reached.items() if step > int(mark["step"]) and time > since]
+    after = min(ends, default=None)
     lost = sum(int(event.get("lost_steps", 0)) for event in events if event["event"] == "restart")
     lost += sum(
         max(0, int(event["from_step"]) - int(event["step"]))
         for event in events
         if event["event"] == "rollback"
     )
-    timed = noticed is not None and after is not None
     return {
         "step": int(mark["step"]),
         "time": mark["time"],
-        "survived": finished or (after is not None and after > mark["time"]),
+        "survived": finished or after is not None,
         "detected": None if noticed is None else noticed.get("kind", noticed["event"]),
         "detected_seconds": None if noticed is None else noticed["time"] - mark["time"],
         "lost_steps": lost,
-        "recovery_seconds": after - mark["time"] if timed and after is not None else None,
+        "recovery_seconds": None if noticed is None or after is None else after - mark["time"],
     }
 
 

@@ -89,7 +89,7 @@ class Injector:
             self.step = step
         if point == "forward" and step < self.slow_until:
             time.sleep(0.5)
-        if point == "load":
+        if point in ("load", "batch"):  # where nothing was saved, nothing is loaded
             self._strike_again(step)
         for index, fault in list(self._pending.items()):
             kind = KINDS[fault.kind]
