@@ -38,6 +38,7 @@ from trainer.checkpoint.files import storage_error, write_durably
 from trainer.checkpoint.lease import Lease, clean, memory_folder
 from trainer.checkpoint.memory import MemoryTier
 from trainer.checkpoint.timeline import Timelines
+from trainer.checkpoint.whole import contents_of
 from trainer.config import Device, RunConfig, parallel_dims
 from trainer.cure.cure import build_cure
 from trainer.data.loader import build_loader, valid_batches
@@ -199,6 +200,7 @@ def _build_trainer(
     dispatcher = build_dispatcher(meshes, check, config.parallel.max_tokens_in_flight, timer)
     model = build_model(config, dispatcher)
     hardware = Hardware(model_cost(model, config), peak_flops(device, torch_dtype(config)) * place.world_size)
+    contents = contents_of(model)  # now that it is whole
     engine = build_engine(config, meshes, device)
     engine.prepare(model)
     if place.rank == 0:
@@ -216,6 +218,7 @@ def _build_trainer(
         config.checkpoint.keep_last,
         config.checkpoint.keep_every,
         _SAVE_TIMEOUT_SECONDS,
+        contents,
     )
     trainer = Trainer(
         config=config,

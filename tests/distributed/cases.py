@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from parallel.mesh import build_meshes
 from tests.distributed import oracle
 from trainer.build import build_dispatcher, build_engine, build_model
 from trainer.checkpoint.digest import weights_digest
-from trainer.checkpoint.durable import DurableCheckpointer
+from trainer.checkpoint.durable import DurableCheckpointer, StorageError
 from trainer.checkpoint.resume import newest_valid
+from trainer.checkpoint.whole import contents_of
 from trainer.config import Machine, RunConfig, parallel_dims, resolve
 from trainer.models.init import initialise
 from trainer.rules import validate
@@ -119,9 +121,12 @@ def train_with_checkpoints(
     dims = parallel_dims(config)
     meshes = build_meshes(dims, "cpu")
     engine = build_engine(config, meshes, torch.device("cpu"))
-    engine.prepare(build_model(config, build_dispatcher(meshes)))
+    model = build_model(config, build_dispatcher(meshes))
+    contents = contents_of(model)
+    engine.prepare(model)
     initialise(engine.model, engine.named_state(), config.train.seed)
-    saver = DurableCheckpointer(Path(directory), rank, world, f"{start}-{world}-{dims.ep}", 2, 0, 60.0)
+    attempt = f"{start}-{world}-{dims.ep}"
+    saver = DurableCheckpointer(Path(directory), rank, world, attempt, 2, 0, 60.0, contents)
     found = newest_valid(Path(directory))
     assert (found.step if found else 0) == start
     if found:
@@ -153,6 +158,29 @@ def save_without_rank_1(rank: int, world: int, config: RunConfig, directory: str
     saver = DurableCheckpointer(Path(directory), rank, world, "a", 1, 0, 30.0)
     saver.save(1, slices, {}, {}, {})
     saver.wait()
+
+
+def save_without_a_parameter(rank: int, world: int, config: RunConfig, directory: str, lost: str) -> str:
+    """A checkpoint of step 1 of all that the engine names, then one of step 2 without what is named so.
+
+    Returns what the second save was refused for.
+    """
+    meshes = build_meshes(parallel_dims(config), "cpu")
+    engine = build_engine(config, meshes, torch.device("cpu"))
+    model = build_model(config, build_dispatcher(meshes))
+    contents = contents_of(model)
+    engine.prepare(model)
+    initialise(engine.model, engine.named_state(), 0)
+    saver = DurableCheckpointer(Path(directory), rank, world, "a", 1, 0, 30.0, contents)
+    saver.save(1, engine.named_state(), {}, {}, {})
+    saver.wait()
+    slices = [piece for piece in engine.named_state() if not fnmatch(piece.name, lost)]
+    saver.save(2, slices, {}, {}, {})
+    try:
+        saver.wait()
+    except StorageError as error:
+        return str(error)
+    return ""
 
 
 def see_directory(rank: int, world: int, directories: list[str]) -> str:

@@ -100,3 +100,25 @@ def test_a_gap_in_what_the_ranks_own_is_refused(pool: Pool, tmp_path: Path) -> N
     with pytest.raises(AssertionError, match="do not make up this tensor"):
         pool.run(cases.save_without_rank_1, 2, config_of("mixtral", FSDP2), str(tmp_path))
     assert newest_valid(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        (
+            "*layers.1.feed_forward.experts.w2",
+            "model.layers.1.feed_forward.experts.w2",
+        ),  # the weight and all its slots
+        ("optim.*.norm.weight", "optim.exp_avg.norm.weight"),
+        ("model.*.bias_E", "model.layers.1.feed_forward.router.bias_E"),
+    ],
+)
+def test_what_no_rank_names_is_refused_and_the_older_checkpoint_stays(
+    pool: Pool, tmp_path: Path, lost: str, named: str
+) -> None:
+    config = config_of("deepseek", FSDP2)
+    for told in pool.run(cases.save_without_a_parameter, 2, config, str(tmp_path), lost):
+        assert named in told and "no rank holds it" in told
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
+    found = newest_valid(tmp_path)
+    assert found is not None and found.step == 1

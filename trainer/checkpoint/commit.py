@@ -20,13 +20,12 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.boxes import cover_fault
 from trainer.checkpoint.digest import combine, weights_digest
 from trainer.checkpoint.files import StorageError, fsync_directory, remove_tree, write_durably
 from trainer.checkpoint.format import (
@@ -44,6 +43,7 @@ from trainer.checkpoint.format import (
 )
 from trainer.checkpoint.shards import file_fault, write_shard
 from trainer.checkpoint.staging import Staged
+from trainer.checkpoint.whole import Contents, check_whole, refused
 
 _HIDDEN = re.compile(r"\.(?:step-\d{8,}|best)\.(?P<attempt>.+)-\d+\.(?:tmp|failed)")
 _REPLACED = re.compile(r"step-\d{8,}\.replaced")
@@ -147,12 +147,21 @@ def collect(attempt: Attempt, world_size: int, timeout_seconds: float) -> list[P
     return [parts[rank] for rank in range(world_size)]
 
 
-def assemble(attempt: Attempt, parts: list[Part], trainer: dict[str, Any], info: dict[str, Any]) -> Manifest:
+def assemble(
+    attempt: Attempt,
+    parts: list[Part],
+    trainer: dict[str, Any],
+    info: dict[str, Any],
+    contents: Contents | None,
+) -> Manifest:
     """Rank 0: the manifest of all parts, if they hold every element of every tensor exactly once.
 
+    Args:
+        contents: of the model; None: only what some rank names can be missed.
+
     Raises:
-        StorageError: a tensor is missing elements, has some twice, or ranks disagree about it; or a shard
-            is not as long as its rank wrote it.
+        StorageError: a tensor is missing elements or missing altogether, has some twice, or ranks disagree about
+            it; or a shard is not as long as its rank wrote it.
     """
     tensors: dict[str, TensorEntry] = {}
     for part in parts:
@@ -168,12 +177,9 @@ def assemble(attempt: Attempt, parts: list[Part], trainer: dict[str, Any], info:
             known = tensors.get(name, TensorEntry(entry.dtype, entry.global_shape, ()))
             if (known.dtype, known.global_shape) != (entry.dtype, entry.global_shape):
                 mine, other = _kind(entry), _kind(known)
-                raise _refused(name, f"rank {part.rank} holds it as {mine}, lower ranks as {other}")
+                raise refused(name, f"rank {part.rank} holds it as {mine}, lower ranks as {other}")
             tensors[name] = TensorEntry(entry.dtype, entry.global_shape, known.chunks + entry.chunks)
-    for name, entry in tensors.items():
-        if fault := cover_fault(entry.global_shape, [chunk.box for chunk in entry.chunks]):
-            raise _refused(name, fault)
-    _check_slots(tensors)
+    check_whole(tensors, contents)
     return Manifest(
         step=attempt.step,
         world_size=len(parts),
@@ -184,29 +190,6 @@ def assemble(attempt: Attempt, parts: list[Part], trainer: dict[str, Any], info:
         tensors=tensors,
         rank_tensors={str(part.rank): part.rank_tensors for part in parts if part.rank_tensors},
     )
-
-
-def _check_slots(names: Iterable[str]) -> None:
-    """Every parameter has every optimizer slot: one that no rank names has no elements that could be missed.
-
-    Raises:
-        StorageError: a slot of a parameter is missing.
-    """
-    slots: dict[str, set[str]] = {}
-    for name in names:
-        if name.startswith("optim."):
-            slot, _, parameter = name.removeprefix("optim.").partition(".")
-            if parameter:  # else it is one for all parameters
-                slots.setdefault(slot, set()).add(parameter)
-    everyone = set().union(*slots.values())
-    for slot, parameters in sorted(slots.items()):
-        for parameter in sorted(everyone - parameters)[:1]:
-            raise _refused(
-                f"optim.{slot}.{parameter}", "no rank holds it, and other slots of that parameter are there"
-            )
-    weights = {name.removeprefix("model.") for name in names if name.startswith("model.")}
-    for parameter in sorted(everyone - weights)[:1]:
-        raise _refused(f"model.{parameter}", "no rank holds it, and its optimizer slots are there")
 
 
 def publish(attempt: Attempt, manifest: Manifest) -> None:
@@ -317,15 +300,6 @@ def _told(note: Path, who: str) -> StorageError:
 
 def _kind(entry: TensorEntry) -> str:
     return f"{entry.dtype}{list(entry.global_shape)}"
-
-
-def _refused(name: str, fault: str) -> StorageError:
-    return StorageError(
-        "checkpoint",
-        name,
-        f"the ranks' slices do not make up this tensor: {fault}",
-        "this is a fault in the engine's named_state(): every element needs exactly one owner",
-    )
 
 
 def _poll(condition: Callable[[], bool], timeout_seconds: float) -> bool:

@@ -44,6 +44,7 @@ from trainer.checkpoint.files import (
 from trainer.checkpoint.format import MANIFEST, step_name
 from trainer.checkpoint.retention import check_stored, hide, link_best, surplus
 from trainer.checkpoint.staging import HostBuffers, Staged, stage
+from trainer.checkpoint.whole import Contents
 
 __all__ = [
     "DurableCheckpointer",
@@ -94,6 +95,8 @@ class DurableCheckpointer:
         keep_every: steps at multiples of it stay for good; 0: none do for that reason.
         timeout_seconds: how long rank 0 waits for the other ranks' shards after its own is written; they
             wait twice as long for rank 0.
+        contents: of the model: a checkpoint without one of its tensors is refused. None: what is saved is no model,
+            and only what some rank names can be missed.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class DurableCheckpointer:
         keep_last: int,
         keep_every: int,
         timeout_seconds: float,
+        contents: Contents | None = None,
     ) -> None:
         assert _ATTEMPT.fullmatch(attempt), f"attempt {attempt!r} must be letters, digits, - and _"
         assert keep_last >= 1
@@ -112,7 +116,7 @@ class DurableCheckpointer:
         self.rank, self.world_size = rank, world_size
         self.attempt = attempt
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.contents = timeout_seconds, contents
         self._buffers = HostBuffers()
         self._num_saves = 0
         self.newest_step, self.newest_began = 0, time.time()
@@ -263,7 +267,7 @@ class DurableCheckpointer:
                 await_commit(attempt, 2 * self.timeout_seconds)
                 return size
             parts = collect(attempt, self.world_size, self.timeout_seconds)
-            manifest = assemble(attempt, parts, trainer, info)
+            manifest = assemble(attempt, parts, trainer, info, self.contents)
             publish(attempt, manifest)
         except OSError as error:
             raise_if_failed(attempt)  # rank 0 removes the directory under a late writer's feet

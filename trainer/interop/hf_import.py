@@ -16,6 +16,7 @@ from trainer.checkpoint.files import check_room
 from trainer.checkpoint.resume import open_checkpoint
 from trainer.checkpoint.shards import DTYPES
 from trainer.checkpoint.staging import HostBuffers, stage
+from trainer.checkpoint.whole import Contents
 from trainer.interop import verify as verification
 from trainer.interop.families import make_pieces
 from trainer.interop.family import Family
@@ -136,7 +137,9 @@ def _write_checkpoint(
             slices = chain(slices, (_zeros(state[name]) for name in fresh))
         write_part(attempt, rank, stage(rank, slices, {}, HostBuffers()))
     parts = [read_part(attempt.part(rank)) for rank in range(len(groups))]
-    publish(attempt, assemble(attempt, parts, {}, {"imported": family.model_type}))
+    shapes = {f"model.{name}": piece.global_shape for name, piece in state.items()}
+    contents = Contents(shapes, trained=frozenset())
+    publish(attempt, assemble(attempt, parts, {}, {"imported": family.model_type}, contents))
     return rows
 
 

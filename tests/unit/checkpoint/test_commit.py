@@ -26,6 +26,7 @@ from parallel.engines.base import StateSlice
 from trainer.checkpoint import durable
 from trainer.checkpoint.durable import DurableCheckpointer, StorageError, remove_stale
 from trainer.checkpoint.resume import newest_valid
+from trainer.checkpoint.whole import Contents, contents_of
 
 
 def failing(path: Path, reason: str) -> None:
@@ -77,10 +78,13 @@ def test_many_saves_of_many_ranks_in_flight(tmp_path: Path, world_size: int) -> 
         assert own.poll() == []
 
 
-def refused(directory: Path, layout: list[list[StateSlice]]) -> StorageError:
+def refused(
+    directory: Path, layout: list[list[StateSlice]], contents: Contents | None = None
+) -> StorageError:
     """Every rank must be told of the refusal; nothing may be committed or left half-written."""
     before = [name for name in visible(directory) if name.startswith("step-")]
-    ranks = [checkpointer(directory, rank, len(layout), attempt="refused") for rank in range(len(layout))]
+    options = {"attempt": "refused", "contents": contents}
+    ranks = [checkpointer(directory, rank, len(layout), **options) for rank in range(len(layout))]
 
     def run(rank: int) -> None:
         ranks[rank].save(2, layout[rank], {}, {}, {})
@@ -107,6 +111,41 @@ def test_a_tensor_that_no_rank_names_is_refused(tmp_path: Path) -> None:
     for name in ("optim.exp_avg_sq.experts.1", "optim.exp_avg.experts.0", "model.experts.2"):
         error = refused(tmp_path, [[part(other) for other in names if other != name]])
         assert error.value == name and "no rank holds it" in error.relation
+
+
+def test_a_tensor_of_the_model_that_no_rank_names_is_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        contents = contents_of(
+            torch.nn.ModuleDict({"a": torch.nn.Embedding(2, 2), "b": torch.nn.BatchNorm1d(2)})
+        )
+    shapes = {"a.weight": (2, 2), "b.weight": (2,), "b.bias": (2,)}
+    buffers = {"b.running_mean": (2,), "b.running_var": (2,), "b.num_batches_tracked": ()}
+    assert contents.shapes == {f"model.{name}": shape for name, shape in (shapes | buffers).items()}
+    named = {f"model.{name}": shape for name, shape in (shapes | buffers).items()}
+    named |= {f"optim.{slot}.{name}": shape for slot in ("m", "v") for name, shape in shapes.items()}
+
+    def state(**changes: tuple[int, ...] | None) -> list[StateSlice]:
+        shaped = {**named, **changes}
+        return [whole(name, shape) for name, shape in shaped.items() if shape is not None]
+
+    def whole(name: str, shape: tuple[int, ...]) -> StateSlice:
+        return slice_of(name, torch.ones(shape), (tuple(0 for _ in shape), shape))
+
+    save(tmp_path, 1, [state()], contents=contents)
+    nothing_of_a = {name: None for name in named if name.endswith(".a.weight")}
+    for changes, name, fault in (
+        (nothing_of_a, "model.a.weight", "no rank holds it"),
+        ({"optim.m.b.bias": None, "optim.v.b.bias": None}, "optim.m.b.bias", "no rank holds it"),
+        ({"model.b.num_batches_tracked": None}, "model.b.num_batches_tracked", "no rank holds it"),
+        ({"model.a.weight": (1, 2)}, "model.a.weight", "shape [1, 2], and the model has [2, 2]"),
+        (
+            {"optim.v.a.weight": (1, 2)},
+            "optim.v.a.weight",
+            "shape [1, 2] is not that of the parameter, [2, 2]",
+        ),
+    ):
+        error = refused(tmp_path, [state(**changes)], contents)
+        assert error.value == name and fault in error.relation, error
 
 
 def test_a_missing_expert_or_optimizer_slot_is_refused(tmp_path: Path) -> None:
