@@ -20,6 +20,7 @@ from rich.text import Text
 
 from launch.outcome import Outcome
 from parallel.errors import ConfigError
+from trainer.checkpoint.lease import kept, memory_base
 from trainer.environment import SOURCE, count_gpus, cpu_model, package_version
 
 _GIB = 1 << 30
@@ -153,6 +154,7 @@ def _storage() -> Iterator[Finding]:
             "note" if small else "ok",
             "small: give a container --shm-size=8g" if small else "",
         )
+        yield from _snapshots(memory_base(None))
     free = shutil.disk_usage(Path.cwd()).free / _GIB
     writable = os.access(Path.cwd(), os.W_OK)
     yield Finding(
@@ -162,6 +164,20 @@ def _storage() -> Iterator[Finding]:
         "ok" if writable and free > 2 else "note",
         "" if writable and free > 2 else "run.root=DIRECTORY with room for checkpoints",
     )
+
+
+def _snapshots(base: Path) -> Iterator[Finding]:
+    """Memory that runs hold for their restart, one line each."""
+    for folder in sorted(base.iterdir()) if base.is_dir() else ():
+        found = kept(folder)
+        if found is None:
+            continue
+        value = f"{found}, of {found.run_dir or 'a run that begins'}"
+        if found.held:
+            yield Finding("storage", "snapshots", f"{value}, which is at work")
+        else:
+            advice = f"for its restart; the next start of another run frees it, or: rm -r {folder}"
+            yield Finding("storage", "snapshots", value, "note", advice)
 
 
 def _packages() -> Iterator[Finding]:

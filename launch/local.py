@@ -12,11 +12,12 @@ from rich.console import Console
 from launch.agent import Agent, Incomplete
 from launch.cluster import Cluster
 from launch.cluster_group import starter
-from launch.outcome import EXIT_CONFIG, EXIT_STOPPED, Outcome
+from launch.outcome import EXIT_CONFIG, EXIT_GAVE_UP, EXIT_STOPPED, Outcome
 from launch.standby import Standby, standby_for
 from launch.view import RunView
 from launch.workers import Plan, worker_command
 from parallel.errors import ConfigError
+from trainer.checkpoint.lease import kept, memory_folder
 from trainer.compose import absolute_paths
 from trainer.config import Device, Machine, RunConfig, resolve
 from trainer.config_launcher import num_nodes
@@ -154,10 +155,19 @@ def run_here(
             )
             if cluster is not None:
                 cluster.stopped = lambda: agent.stop.cause is not None
-            outcome = agent.run()
+            outcome = tell_of_snapshots(agent.run(), config.checkpoint.memory_dir, run.path)
         if outcome.code != EXIT_CONFIG:
             summarise(run.path, console)
     return outcome
+
+
+def tell_of_snapshots(outcome: Outcome, memory_dir: str | None, run_dir: Path) -> Outcome:
+    """Of a run that gave up: what it keeps in memory for a restart, and who frees that."""
+    found = kept(memory_folder(memory_dir, run_dir)) if outcome.code == EXIT_GAVE_UP else None
+    if found is None:
+        return outcome
+    line = f"  its snapshots take {found}; the next start of another run on this machine frees that"
+    return Outcome(outcome.code, f"{outcome.message}\n{line}")
 
 
 def summarise(run_dir: Path, console: Console) -> None:

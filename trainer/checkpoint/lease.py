@@ -5,9 +5,9 @@
       rank-00000.slot-0 …        snapshots of a rank (trainer/checkpoint/slots.py)
       peer-00001.slot-0 …        copies of other nodes' ranks (trainer/checkpoint/peer.py)
 
-What a killed run leaves is there for its restart. It is removed by the next start of another run on this machine
-once nobody holds it and it is of no use: the run has ended, its directory is gone, the machine was started again,
-or it has lain idle for ten minutes.
+A run that was killed or gave up leaves it for its restart. It is removed by the next start of another run on this
+machine once nobody holds it and it is of no use: the run has ended, its directory is gone, the machine was started
+again, or it has lain idle for ten minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import re
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -30,14 +31,63 @@ from trainer.metrics.schema import EVENTS_FILE
 _LEASE = "lease"
 _IDLE_SECONDS = 600.0
 _DEFAULT_MOUNT = "/dev/shm"
+_BLOCK_BYTES = 512
 
 
 def memory_folder(memory_dir: str | None, run_dir: Path) -> Path:
     """Where the snapshots of a run are on this machine."""
     path = str(run_dir.absolute())
     readable = re.sub(r"[^A-Za-z0-9_-]", "-", f"{run_dir.parent.name}-{run_dir.name}")[:64]
-    base = Path(memory_dir or _DEFAULT_MOUNT) / f"muster-{os.getuid()}"
-    return base / f"{readable}-{xxhash.xxh3_64_hexdigest(path.encode())}"
+    return memory_base(memory_dir) / f"{readable}-{xxhash.xxh3_64_hexdigest(path.encode())}"
+
+
+def memory_base(memory_dir: str | None) -> Path:
+    """Where the snapshots of all runs of this user are on this machine."""
+    return Path(memory_dir or _DEFAULT_MOUNT) / f"muster-{os.getuid()}"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The snapshots of one run on this machine.
+
+    Attributes:
+        run_dir: None: not written down yet.
+        bytes: of memory that they take.
+        held: whether workers of the run live.
+    """
+
+    folder: Path
+    run_dir: Path | None
+    bytes: int
+    held: bool
+
+    def __str__(self) -> str:
+        return f"{self.bytes / (1 << 20):,.0f} MiB of memory in {self.folder}"
+
+
+def kept(folder: Path) -> Kept | None:
+    """What lies in a run's folder; None: nothing."""
+    try:
+        descriptor = os.open(folder / _LEASE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = False
+        except BlockingIOError:
+            held = True
+        size = 0
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):  # removed meanwhile
+                size += path.stat().st_blocks * _BLOCK_BYTES
+        text = os.pread(descriptor, 1 << 16, 0)
+    finally:
+        os.close(descriptor)
+    run_dir = None
+    with suppress(ValueError):  # it is being written
+        run_dir = Path(json.loads(text)["run_dir"])
+    return Kept(folder, run_dir, size, held)
 
 
 class Lease:
