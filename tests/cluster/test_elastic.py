@@ -54,6 +54,12 @@ def go(workplace: Workplace, step: int) -> None:
     (workplace.path / f"go-{step}").touch()
 
 
+def hear(process: subprocess.Popen[str], text: str) -> None:
+    """Wait until a command prints a line with this text."""
+    assert process.stdout is not None
+    assert any(text in line for line in process.stdout), f"it ended without a word of: {text}"
+
+
 def finish(running: Running) -> list[str]:
     """What they printed, if all end well."""
     outputs = [process.communicate(timeout=300)[0] for process in running.values()]
@@ -133,6 +139,7 @@ def test_spares_take_the_places_of_a_lost_node_and_of_a_repeat_offender(
     running = start(workplace, [first, second], *more)
     reached(workplace, 0)  # both work: who comes now is the spare
     spare = start(workplace, [third], *more)[third]
+    hear(running[first], "node-c is here: a spare")
     go(workplace, 0)
     reached(workplace, 5)
     lose(running, second)
