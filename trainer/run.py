@@ -45,6 +45,7 @@ from trainer.data.loader import build_loader, valid_batches
 from trainer.data.prepare import prepare_data
 from trainer.data.tokenizer import TextTokenizer
 from trainer.guard.guard import build_guard
+from trainer.guard.ledger import LEDGER_FILE, Ledger
 from trainer.hardware import peak_flops
 from trainer.health.monitor import Health
 from trainer.liveness import Pulse
@@ -220,6 +221,7 @@ def _build_trainer(
         _SAVE_TIMEOUT_SECONDS,
         contents,
     )
+    ledger = Ledger(run_dir / LEDGER_FILE, prepared.fingerprint, config.train.global_batch)
     trainer = Trainer(
         config=config,
         dims=dims,
@@ -240,7 +242,7 @@ def _build_trainer(
         cadence=Cadence(config.checkpoint.memory_every, control),
         timelines=Timelines(),
         cure=build_cure(config, engine, stepper, control),
-        guard=build_guard(config, dims, stepper, control, place.rank, run_dir, prepared.fingerprint, log),
+        guard=build_guard(config, dims, stepper, control, ledger, log),
         memory=_build_memory(config, run_dir, place, dims),
     )
     if place.rank == 0:

@@ -42,7 +42,7 @@ def look(rank: int, world: int, config: RunConfig, wrong: int, what: str) -> lis
 
     control = torch.distributed.group.WORLD
     assert control is not None
-    watch = Watch(config, dims, engine, control, rank, forward)
+    watch = Watch(config, dims, engine, control, forward)
     watch.begin(0)
     share = config.train.global_batch // dims.dp
     first = dims.dp_rank(rank) * share

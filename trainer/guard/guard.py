@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ from torch import Tensor
 
 from parallel.dims import ParallelDims
 from parallel.errors import FatalError, NamedFailure
-from trainer.config import RunConfig
+from trainer.config import GuardConfig, RunConfig
 from trainer.data.batch import Batch
 from trainer.guard.findings import Finding, RollBack
-from trainer.guard.ledger import LEDGER_FILE, Ledger
+from trainer.guard.ledger import Ledger
 from trainer.guard.spikes import Spikes
 from trainer.guard.watch import Corruption, Watch
 from trainer.runlog import RunLog
@@ -78,33 +77,20 @@ class Guard:
     """One rank's guard; every rank comes to the same decisions. See :class:`trainer.step.Gate`.
 
     Args:
-        config: resolved.
-        dims: the layout.
+        config: what is asked for.
         stepper: of the prepared engine.
-        control: a gloo group over all ranks, for small facts.
-        rank: of this process.
-        run_dir: of the run, for the ledger.
-        data: fingerprint of the data.
+        watch: over the state, for changes that nobody made.
+        ledger: of the batches that were stepped over.
         log: where alarms and failures go.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        dims: ParallelDims,
-        stepper: Stepper,
-        control: dist.ProcessGroup,
-        rank: int,
-        run_dir: Path,
-        data: str,
-        log: RunLog,
+        self, config: GuardConfig, stepper: Stepper, watch: Watch, ledger: Ledger, log: RunLog
     ) -> None:
-        self.config, self.engine, self.control, self.rank, self.log = (
-            config.guard, stepper.engine, control, rank, log,
-        )  # fmt: skip
-        self.ledger = Ledger(run_dir / LEDGER_FILE, data, config.train.global_batch)
-        self.spikes = Spikes(config.guard.spike_sigma, config.guard.spike_window)
-        self.watch = Watch(config, dims, stepper.engine, control, rank, stepper.loss_of)
+        self.config, self.watch, self.ledger, self.log = config, watch, ledger, log
+        self.engine, self.control = stepper.engine, watch.control
+        self.rank = dist.get_rank(self.control)
+        self.spikes = Spikes(config.spike_sigma, config.spike_window)
         self.on_host = stepper.device.type == "cpu"
         self._step = 0
         self._facts: _Facts | None = None
@@ -354,15 +340,19 @@ def build_guard(
     dims: ParallelDims,
     stepper: Stepper,
     control: dist.ProcessGroup,
-    rank: int,
-    run_dir: Path,
-    data: str,
+    ledger: Ledger,
     log: RunLog,
 ) -> Guard | None:
-    """What the config asks for; None where that is nothing. Collective."""
+    """What a resolved config asks for; None where that is nothing. Collective.
+
+    Args:
+        stepper: of the prepared engine.
+        control: a gloo group over all ranks, for small facts.
+    """
     guard = config.guard
     if not (guard.non_finite or guard.digest_every or guard.replica_every or guard.replay_every):
         return None
-    made = Guard(config, dims, stepper, control, rank, run_dir, data, log)
+    watch = Watch(config, dims, stepper.engine, control, stepper.loss_of)
+    made = Guard(guard, stepper, watch, ledger, log)
     made.begin()
     return made

@@ -50,7 +50,6 @@ class Watch:
         dims: the layout.
         engine: prepared.
         control: a gloo group over all ranks.
-        rank: of this process.
         forward: loss of a batch on this rank, for replays. Collective.
     """
 
@@ -60,7 +59,6 @@ class Watch:
         dims: ParallelDims,
         engine: Engine,
         control: dist.ProcessGroup,
-        rank: int,
         forward: Callable[[Batch], float],
     ) -> None:
         guard = config.guard
@@ -78,7 +76,7 @@ class Watch:
             # Processors of different types round otherwise, and so do products of rows in another order.
             exact = dims.ep == 1 and len({name for _, name in places}) == 1
             tolerance = 0.0 if exact else 1e-5 if config.train.dtype is Dtype.fp32 else 1e-3
-            self._replay = Replay(peers, dims.dp_rank(rank), control, forward, tolerance)
+            self._replay = Replay(peers, dims.dp_rank(dist.get_rank(control)), control, forward, tolerance)
         self._sound_replicas = self._sound_replays = 0
 
     def begin(self, step: int) -> None:
