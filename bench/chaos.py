@@ -109,7 +109,8 @@ def main() -> None:
         sys.exit(code or 1)
     verdict = json.loads(path.read_text())
     name = "chaos_llama3" if not given.faults else f"chaos_llama3_{given.faults}"
-    (RESULTS / f"{name}.md").write_text(page(verdict, shlex.join(words), "".join(lines)))
+    output = "".join(lines).replace(f"{given.folder}/", "")
+    (RESULTS / f"{name}.md").write_text(page(verdict, shlex.join(words), output))
     sys.exit(code)
 
 
