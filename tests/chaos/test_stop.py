@@ -18,7 +18,7 @@ def train_with(workplace: Workplace, callback: str, *overrides: str) -> tuple[in
     """Exit code and output of a `muster train` in a session of its own, as on a terminal."""
     command = ["setsid", MUSTER, "train", *SMALL, f"data.path={workplace.path / 'corpus'}", *CALM, *overrides]
     process: subprocess.Popen[str] = workplace.start(*command, f"callbacks=[{callback}]")
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert "Traceback" not in output, output
     assert_nothing_left(workplace)
     return process.returncode, output
@@ -78,6 +78,6 @@ def test_a_stop_saves_when_nobody_reads_what_is_said(workplace: Workplace) -> No
     process = workplace.start("setsid", MUSTER, "train", *SMALL, data, *overrides)
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(timeout=200) == 75
+    assert process.wait(timeout=600) == 75
     assert checkpoints_of(workplace.run_dir) == [f"step-{STOP_AT:08d}"]
     assert_nothing_left(workplace)

@@ -62,7 +62,7 @@ def hear(process: subprocess.Popen[str], text: str) -> None:
 
 def finish(running: Running) -> list[str]:
     """What they printed, if all end well."""
-    outputs = [process.communicate(timeout=300)[0] for process in running.values()]
+    outputs = [process.communicate(timeout=600)[0] for process in running.values()]
     assert [process.returncode for process in running.values()] == [0] * len(running), "\n".join(outputs)
     return outputs
 

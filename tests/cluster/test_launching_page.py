@@ -63,7 +63,7 @@ def test_block(
     for rank, host in enumerate(host for host in nodes if host.name in block.hosts):
         with_rank = f"export NODE_RANK={rank}\nset -e\n{text}"
         started.append(workplace.start(*host.command("bash", "-c", with_rank)))
-    outputs = [process.communicate(timeout=300)[0] for process in started]
+    outputs = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started), "\n".join(outputs)
     run_dir = workplace.path / "runs" / "e2e" / block.run_id
     assert workplace.losses(run_dir) == pytest.approx(calm.losses(), rel=1e-5)

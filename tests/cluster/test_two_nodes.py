@@ -36,7 +36,7 @@ def held(workplace: Workplace, **kwargs: object) -> list[str]:
 
 def finish(*processes: subprocess.Popen[str]) -> list[str]:
     """The whole output of commands that all end well."""
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
     return outputs
 
@@ -76,7 +76,7 @@ def test_ctrl_c_on_any_node_saves_and_stops_all(workplace: Workplace, nodes: lis
     first, second = (train_on(workplace, host, *held(workplace, step=6)) for host in nodes)
     wait_until((workplace.path / "held").exists, "the middle of the run")
     second.terminate()
-    outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
+    outputs = [process.communicate(timeout=600)[0] for process in (first, second)]
     assert [first.returncode, second.returncode] == [75, 75], outputs
     assert all("Stopped and saved. Go on from step 7" in output for output in outputs), outputs
     assert "SIGTERM on node 1 (node-b): saving" in outputs[0]
@@ -137,7 +137,7 @@ def test_no_agent_outlives_the_command_that_started_it(
 
 def refused(process: subprocess.Popen[str], *parts: str) -> None:
     """A command that ends with one clear error."""
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 2, f"exit code {process.returncode}:\n{output}"
     lines = [
         line for line in output.splitlines() if all(part in line for part in parts) and "[node-b]" not in line

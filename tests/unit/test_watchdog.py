@@ -39,11 +39,11 @@ def test_a_worker_leaves_with_a_failed_peer_or_alone() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     waiting = start(store.port)
     stuck = start(store.port, "stuck")
-    output, _ = stuck.communicate(timeout=60)
+    output, _ = stuck.communicate(timeout=600)
     assert stuck.returncode == 1
     assert "does not get on: over its deadline at step 20, compute" in output
     assert 'File "<string>"' in output, "its stack"
-    output, _ = waiting.communicate(timeout=60)
+    output, _ = waiting.communicate(timeout=600)
     assert waiting.returncode == 1
     assert "rank 1 leaves: rank 1 on" in output and "does not get on" in output
 
@@ -54,7 +54,7 @@ def test_a_worker_leaves_with_the_host_of_the_store() -> None:
     waiting = start(int(host.stdout.readline()))
     host.kill()
     host.wait()
-    output, _ = waiting.communicate(timeout=60)
+    output, _ = waiting.communicate(timeout=600)
     assert waiting.returncode == 1 and "the process that hosts the store has ended" in output
 
 

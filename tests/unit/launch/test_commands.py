@@ -27,7 +27,7 @@ def muster(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProces
         env={**os.environ, "PYTHONPATH": path, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
