@@ -13,7 +13,7 @@ import psutil
 
 from tests.command import Workplace
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
