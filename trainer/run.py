@@ -56,7 +56,7 @@ from trainer.resilience import StopSignal
 from trainer.restoring import begin
 from trainer.runlog import RunLog
 from trainer.step import Stepper
-from trainer.straggler import WaitClock, build_stragglers
+from trainer.straggler import Stragglers, WaitClock, compares_ranks
 
 _SAVE_TIMEOUT_SECONDS = 600.0
 _SHARED_SECONDS = 20.0
@@ -114,10 +114,10 @@ def run_worker(
     trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
     trainer.stepper.pulse, trainer.stepper.stop_cause = pulse, stop.cause
     clock, ep_rank = WaitClock(), dims.sparse_coordinate(place.rank)["ep"]
-    trainer.stragglers = build_stragglers(
-        config, place.rank, place.world_size, ep_rank, place.store, run_dir, clock
-    )
-    if trainer.stragglers is not None:
+    if compares_ranks(config, place.world_size):
+        trainer.stragglers = Stragglers(
+            config, place.rank, place.world_size, ep_rank, place.store, run_dir, clock
+        )
         pulse.watchers.append(trainer.stragglers.look)
     if not gc.isenabled():  # trainer/__main__.py: for the imports
         gc.freeze()  # modules stay: no later collection need go through them

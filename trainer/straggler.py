@@ -344,15 +344,6 @@ def _alarm(notice: Notice) -> dict[str, Any]:
     return {"kind": "straggler", **fields}
 
 
-def build_stragglers(
-    config: RunConfig,
-    rank: int,
-    world_size: int,
-    ep_rank: int,
-    store: dist.Store,
-    run_dir: Path,
-    clock: WaitClock,
-) -> Stragglers | None:
-    """None where ranks are not compared: there is one, it is off, or the host does not wait for its device."""
-    on = config.resilience.straggler_factor > 0 and world_size > 1 and config.device is Device.cpu
-    return Stragglers(config, rank, world_size, ep_rank, store, run_dir, clock) if on else None
+def compares_ranks(config: RunConfig, world_size: int) -> bool:
+    """Not where there is one rank, it is off, or the host does not wait for its device."""
+    return config.resilience.straggler_factor > 0 and world_size > 1 and config.device is Device.cpu
