@@ -15,6 +15,9 @@ class ConfigError(ValueError):
         fix: what to do: the nearest valid value where there is one.
     """
 
+    kind = "config"
+    """As in the event ``failure``; of a subclass, where the value is right and something else is not."""
+
     def __init__(self, field: str, value: object, relation: str, fix: str) -> None:
         self.field, self.value, self.relation, self.fix = field, value, relation, fix
         super().__init__(field, value, relation, fix)

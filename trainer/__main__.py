@@ -72,7 +72,9 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
 
         finished = run_worker(arrival.config, arrival.run_dir, arrival.place, stop, pulse)
     except ConfigError as error:
-        _report("config", str(error), EXIT_CONFIG)
+        # Of storage that failed on another rank, this one may know.
+        more = {name: getattr(error, name, None) for name in ("rank", "host")}
+        _report(error.kind, str(error), EXIT_CONFIG, **more, evidence=error.relation)
         if first_to_speak():
             _say(f"muster: {error}")
         _tell(watchdog, str(error))

@@ -63,6 +63,8 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(workplace: Workplace, calm: Wo
     assert checkpoints_of(run_dir) == ["step-00000004"]
     assert_still_valid(run_dir, 4)
     assert storage_failures(workplace, run_dir) == [8, 12]
+    (stop,) = workplace.events("stop", run_dir)
+    assert stop["kind"] == "storage" and "the disk is full" in stop["cause"] and stop["rank"] in (0, 1)
     assert not workplace.events("restart", run_dir), "what no restart can mend is not restarted"
     assert_nothing_left(workplace)
 

@@ -77,9 +77,11 @@ class FailedSaves:
         if self.in_a_row >= self.max_failed:
             limit = f"checkpoint.max_failed_saves={self.max_failed}"
             number = "a save" if self.in_a_row == 1 else f"{self.in_a_row} saves in a row"
-            raise StorageError(
+            error = StorageError(
                 "checkpoint", failed.path, f"{failed.cause}; {number} failed ({limit})", failed.fix
             )
+            error.rank, error.host = failed.rank, failed.host
+            raise error
 
     def report(self) -> None:
         """Write the event of a save that is known to have failed; raises as :meth:`own` does."""

@@ -20,6 +20,7 @@ class StorageError(ConfigError):
         rank, host: where it happened, if that was another process; None: here.
     """
 
+    kind = "storage"
     rank: int | None = None
     host: str | None = None
 

@@ -268,10 +268,10 @@ EVENTS: dict[str, dict[str, str]] = {
     "stop": {
         "reason": "why",
         "resumable": "whether `muster resume` can go on",
-        "kind": "`preempted`: a signal asked for it",
-        "rank": "the first that was asked",
+        "kind": "`preempted`: a signal asked for it; `storage`: a disk is full or fails",
+        "rank": "the first that was asked, or whose disk it is",
         "host": "its name",
-        "cause": "the signal",
+        "cause": "the signal, or what the disk did",
     },
     "alarm": {
         "kind": "of trouble; those of the routing are in [health.md](health.md)",

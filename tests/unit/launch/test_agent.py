@@ -99,6 +99,18 @@ def test_config_error_is_said_once_and_not_retried(
     assert not (run.path / "logs" / "generation-1").exists() and not events(run, "failure")
 
 
+def test_storage_that_ends_a_run_is_no_mistake_of_the_users(
+    run: RunDirectory, worker: Worker, make_agent: Make
+) -> None:
+    outcome = make_agent(
+        worker('die("checkpoint=x: the disk is full. Fix: y.", exit_code=2, kind="storage")')
+    ).run()
+    assert (outcome.code, outcome.message) == (2, "checkpoint=x: the disk is full. Fix: y.")
+    (stop,) = events(run, "stop")
+    assert (stop["kind"], stop["reason"], stop["resumable"]) == ("storage", "storage failed", True)
+    assert stop["rank"] in (0, 1) and stop["host"]
+
+
 def test_gives_up_with_the_last_cause(run: RunDirectory, worker: Worker, make_agent: Make) -> None:
     outcome = make_agent(
         worker('die(f"ValueError: at {generation}") if rank == 0 else sleep_forever()'), max_restarts=2
