@@ -199,9 +199,8 @@ class Agent:
                     return self._stopped(saved)
                 assert failure is not None
                 if failure.exit_code == EXIT_CONFIG:
-                    if (
-                        failure.kind != "config"
-                    ):  # the input was right; saves that failed were told when they did
+                    if failure.kind != "config":
+                        # The input was right. Saves that failed were told when they did.
                         who = {name: getattr(failure, name) for name in ("kind", "rank", "host")}
                         reason = f"{failure.kind} failed"
                         self._event("stop", reason=reason, resumable=True, **who, cause=failure.evidence)

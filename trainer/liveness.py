@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -106,6 +106,8 @@ class Pulse:
         self.page = page
         self.watchers: list[Callable[[Vitals], None]] = []
         self._seconds: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in _LEARNED}
+        self._longest = dict.fromkeys(_LEARNED, 0.0)
+        self._recalled: Mapping[str, float] = {}
         self._patience, self._floor, self._factor = 0.0, 0.0, 0.0
         self._phase, self._entered, self._collectives = "start", time.monotonic_ns(), 0
         self._counts = False
@@ -141,11 +143,22 @@ class Pulse:
         self._counts = True
         self._set_deadline(time.monotonic_ns())
 
+    def recall(self, longest: Mapping[str, float]) -> None:
+        """Go by these lengths (:meth:`learned`, of the process before this one) until this one has its own."""
+        self._recalled = longest
+
+    def learned(self) -> dict[str, float]:
+        """The longest, in seconds, that each phase took of those times that it had no deadline of its own."""
+        return {name: self._longest[name] for name, known in self._seconds.items() if len(known) >= _ENOUGH}
+
     def enter(self, phase: str, step: int | None = None) -> None:
         """Come to a phase, of another step if one is given."""
         now = time.monotonic_ns()
         if self._phase in self._seconds:
-            self._seconds[self._phase].append((now - self._entered) / _SECOND)
+            seconds, known = (now - self._entered) / _SECOND, self._seconds[self._phase]
+            if len(known) < _ENOUGH:
+                self._longest[self._phase] = max(self._longest[self._phase], seconds)
+            known.append(seconds)
         self._phase, self._entered = phase, now
         self.page.set("phase", PHASES.index(phase))
         if step is not None:
@@ -160,8 +173,11 @@ class Pulse:
     def _set_deadline(self, now: int) -> None:
         if self._patience:
             known = self._seconds.get(self._phase, ())
-            usual = statistics.median(known) * self._factor if len(known) >= _ENOUGH else self._patience
-            self.page.set("deadline", now + int(max(self._floor, usual) * _SECOND))
+            if len(known) >= _ENOUGH:
+                seconds = statistics.median(known) * self._factor
+            else:
+                seconds = min(self._patience, self._recalled.get(self._phase, self._patience) * self._factor)
+            self.page.set("deadline", now + int(max(self._floor, seconds) * _SECOND))
 
     def _run(self) -> None:
         while True:

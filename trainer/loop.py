@@ -33,6 +33,7 @@ from trainer.cure.cure import Cure
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader
 from trainer.data.prepare import PreparedData
+from trainer.deadlines import Deadlines
 from trainer.generation import sample
 from trainer.guard.findings import RollBack
 from trainer.guard.guard import Guard
@@ -56,6 +57,7 @@ class Trainer:
         hardware: what tokens per second are measured against.
         cadence: which steps get a snapshot in memory.
         timelines: which of the run's states count.
+        deadlines: keeps what is learned of them; None: not kept.
         stragglers: tells how long this rank works; None: ranks are not compared.
         cure: what is done about uneven and dead experts; None: nothing.
         guard: decides whether a step commits; None: every one does.
@@ -87,6 +89,7 @@ class Trainer:
     control: dist.ProcessGroup
     cadence: Cadence
     timelines: Timelines
+    deadlines: Deadlines | None = None
     stragglers: Stragglers | None = None
     cure: Cure | None = None
     guard: Guard | None = None
@@ -146,6 +149,8 @@ class Trainer:
                 self.stepper.pulse.commit(state.step)
             self._log_saves()
             self._tell_stragglers()
+            if self.deadlines is not None:
+                self.deadlines.stepped()
             if stop and not last:
                 self.stepper.pulse.enter("finish")
                 self._tell_stragglers(last=True)

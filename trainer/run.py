@@ -44,6 +44,7 @@ from trainer.cure.cure import build_cure
 from trainer.data.loader import build_loader, valid_batches
 from trainer.data.prepare import prepare_data
 from trainer.data.tokenizer import TextTokenizer
+from trainer.deadlines import Deadlines, depends_on
 from trainer.guard.guard import build_guard
 from trainer.guard.ledger import LEDGER_FILE, Ledger
 from trainer.hardware import peak_flops
@@ -114,6 +115,9 @@ def run_worker(
     trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
     trainer.stepper.pulse, trainer.stepper.stop_cause = pulse, stop.cause
     clock, ep_rank = WaitClock(), dims.sparse_coordinate(place.rank)["ep"]
+    of = depends_on(_plain(config), place.world_size)
+    trainer.deadlines = Deadlines(run_dir, of, pulse, writes=place.rank == 0)
+    trainer.deadlines.recall()
     if compares_ranks(config, place.world_size):
         trainer.stragglers = Stragglers(
             config, place.rank, place.world_size, ep_rank, place.store, run_dir, clock

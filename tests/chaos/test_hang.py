@@ -10,18 +10,23 @@ from tests.commands.watch import assert_nothing_left
 
 def test_a_suspended_and_a_deadlocked_rank(workplace: Workplace, calm: Workplace) -> None:
     hang = callback(
-        "HangAt", folder=str(workplace.path / "marks"), at=[[2, 0, "suspend"], [9, 1, "deadlock"]]
+        "HangAt",
+        folder=str(workplace.path / "marks"),
+        at=[[2, 0, "suspend"], [8, 1, "deadlock"], [9, 1, "deadlock"]],
     )
     deadline = "resilience.step_deadline_seconds=8"
     workplace.train(*CALM, "checkpoint.every=4", deadline, f"callbacks=[{hang}]")
-    suspended, deadlocked = workplace.events("failure")
+    suspended, deadlocked, again = workplace.events("failure")
     assert (suspended["kind"], suspended["rank"]) == ("hang", 0)
     assert "suspended (SIGSTOP)" in suspended["cause"] and "step 3" in suspended["cause"]
     assert "T (stopped)" in suspended["evidence"]
     assert (deadlocked["kind"], deadlocked["rank"]) == ("hang", 1)
-    assert "no progress" in deadlocked["cause"] and "step 10, compute" in deadlocked["cause"]
+    assert "no progress" in deadlocked["cause"] and "step 9, compute" in deadlocked["cause"]
     assert "never_get_on" in deadlocked["evidence"], "its stack"
-    assert all(failure["began"] < failure["time"] for failure in (suspended, deadlocked))
+    # In the second step of its process, which goes by the deadlines of the one before.
+    assert (again["kind"], again["rank"]) == ("hang", 1)
+    assert "step 10, compute, which is over its deadline" in again["cause"]
+    assert all(failure["began"] < failure["time"] for failure in (suspended, deadlocked, again))
     assert workplace.digest() == calm.digest()
     assert workplace.losses() == calm.losses()
     assert_nothing_left(workplace)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from launch.agent import Agent
 from launch.kernel import kernel_messages
+from trainer.deadlines import Deadlines, depends_on
 from trainer.liveness import Page, Pulse, page_file
 from trainer.metrics.jsonl import read_events
 from trainer.rundir import RunDirectory
@@ -133,6 +135,37 @@ def test_deadlines_are_learned_where_phases_repeat(page: Page) -> None:
     pulse.enter("evaluation")
     assert allowed() == pytest.approx(600.0), "a hook or an evaluation may take what it takes"
     assert (page.read().step, str(page.read())) == (20, "step 20, evaluation, 0 collectives")
+
+
+def test_deadlines_outlive_a_restart_in_the_same_layout(page: Page, tmp_path: Path) -> None:
+    values = {name: name for name in ("device", "engine", "layout", "model", "parallel", "train")}
+    of = depends_on(values, 2)
+    first, again, other = Pulse(), Pulse(page), Pulse()
+    for pulse in (first, again, other):
+        pulse.expect(600.0, 0.0, 10.0)
+    kept = Deadlines(tmp_path, of, first, writes=True)
+    kept.recall()
+    for _ in range(15):
+        first.enter("compute")
+    kept.stepped()
+    assert not (tmp_path / "deadlines.json").exists(), "too few"
+    for _ in range(2):
+        first.enter("compute")
+    longest = first.learned()["compute"]
+    assert 0 < longest < 60 and "data" not in first.learned()
+    kept.stepped()
+
+    Deadlines(tmp_path, of, again, writes=False).recall()
+    again.enter("compute", 1)
+    assert page.read().deadline - page.read().progress == pytest.approx(longest * 10e9, abs=2)
+    again.enter("data")
+    assert page.read().deadline - page.read().progress == pytest.approx(600e9), "nobody knows"
+    for values_of in (depends_on(values, 4), depends_on({**values, "parallel": "ep 2"}, 2)):
+        Deadlines(tmp_path, values_of, other, writes=False).recall()
+        assert other._recalled == {}
+    (tmp_path / "deadlines.json").write_text('{"of": "')  # torn
+    Deadlines(tmp_path, of, other, writes=False).recall()
+    assert other._recalled == {}
 
 
 def test_kernel_messages_are_no_error_where_they_cannot_be_read() -> None:
