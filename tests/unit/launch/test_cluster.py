@@ -252,7 +252,8 @@ def test_a_node_that_comes_back_is_taken_in_after_the_next_checkpoint(nodes: Nod
     assert cluster.world is not None and cluster.world.config.launcher.num_nodes == 1
     link = nodes.join("b")
     link.tell(Status(ready=True))
-    until(lambda: (cluster.poll(), told() == [("back", "b")])[1])
+    until(lambda: (cluster.poll(), all(member.status.ready for member in cluster.members.values()))[1])
+    assert told() == [("back", "b")]
     assert cluster.due_to_regroup() is None, "no checkpoint since"
     step = cluster.world.run.path / "checkpoints" / "step-00000004"
     step.mkdir(parents=True)
