@@ -132,8 +132,6 @@ def perform(job: Job, config: RunConfig, checkpoint: Checkpoint) -> list[dict[st
         from trainer.inference import run_alone
 
         return run_alone(job, config, checkpoint)
-    import torch.distributed as dist
-
     from launch.local import worker_plan
     from trainer.compose import freeze
     from trainer.inference import ANSWERS
@@ -143,8 +141,7 @@ def perform(job: Job, config: RunConfig, checkpoint: Checkpoint) -> list[dict[st
         folder = Path(name)
         freeze(config, folder / "config.yaml")
         job.save(folder)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        plan = worker_plan(RunDirectory(folder), config, 0, store.port)
+        plan = worker_plan(RunDirectory(folder), config)
         _wait(replace(plan, command=[*plan.command, "--job"]), folder)
         answers: list[dict[str, Any]] = json.loads((folder / ANSWERS).read_text())
         return answers

@@ -72,12 +72,14 @@ def check_data(config: RunConfig, console: Console) -> None:
         prepare_data(config)
 
 
-def worker_plan(run: RunDirectory, config: RunConfig, node_rank: int, port: int, leader: str = "") -> Plan:
+def worker_plan(
+    run: RunDirectory, config: RunConfig, node_rank: int = 0, port: int = 0, leader: str = ""
+) -> Plan:
     """What a node starts.
 
     Args:
-        port: of the store, on node 0 or, for a single node, on this one.
-        leader: address of node 0.
+        port: of the store of several nodes.
+        leader: address of node 0, which hosts it.
     """
     launcher, nodes = config.launcher, num_nodes(config.launcher)
     env = {"OMP_NUM_THREADS": str(config.train.num_threads)}
@@ -124,15 +126,10 @@ def run_here(
                 stack.enter_context(standby)
         with console.status("Starting…"):
             run.write_environment(describe(config, sys.argv))
+            leader, port = "", 0
             if cluster is not None:
                 leader, port = cluster.address
                 cluster.begin(run, config)
-            else:
-                import torch.distributed as dist
-
-                # Port 0: the kernel picks a free one. The server thread lives as long as this process.
-                store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-                leader, port = "127.0.0.1", store.port
         if cluster is not None:
             try:
                 cluster.prepare(run.path)

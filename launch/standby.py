@@ -127,6 +127,8 @@ class Standby:
         self.is_alive, self._ready = True, False
         self._pids: list[int] = []
         self._exits: dict[int, int] = {}
+        self._store: ForkedProcess | None = None
+        self._store_port = 0
         command = [sys.executable, "-m", "trainer.forkserver", f"--channel={theirs.fileno()}"]
         command += [f"--parent={os.getpid()}", *([f"--engine={self._engine}"] if self._engine else [])]
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -154,8 +156,37 @@ class Standby:
             self.listen(1.0)
         return self.is_alive and self._ready
 
+    def store_port(self) -> int:
+        """Where the ranks of this node find their store: a process that lives until the server does not.
+
+        Raises:
+            StandbyLost: there is none.
+        """
+        if self._store is not None and self._store.poll() is not None:
+            self.forget([self._store])
+            self._store = None
+        if self._store is None:
+            theirs, ours = os.pipe()
+            with os.fdopen(theirs, "rb") as told:
+                try:
+                    with self._log.open("ab") as output:
+                        self._store = self.fork([], os.environ, output, {"MUSTER_PORT_FILE": ours}, "store")
+                finally:
+                    os.close(ours)
+                found = told.readline() if select.select([told], [], [], _FORK_SECONDS)[0] else b""
+            if not found:
+                self._store.send_signal(signal.SIGKILL)
+                raise StandbyLost(f"no store was started; see {self._log}")
+            self._store_port = int(found)
+        return self._store_port
+
     def fork(
-        self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO, **files: int
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        output: BinaryIO,
+        files: Mapping[str, int],
+        run: str = "worker",
     ) -> ForkedProcess:
         """Start a worker.
 
@@ -164,11 +195,12 @@ class Standby:
             env: all of its variables.
             output: its stdout and stderr.
             files: descriptors that it is given, by the variable that holds the path of each.
+            run: which of the server's programs.
 
         Raises:
             StandbyLost: it was not started.
         """
-        request = {"argv": list(argv), "env": dict(env), "files": list(files)}
+        request = {"run": run, "argv": list(argv), "env": dict(env), "files": list(files)}
         self._send(request, [output.fileno(), *files.values()])
         until = time.monotonic() + _FORK_SECONDS
         while not self._pids:

@@ -150,15 +150,12 @@ class Proof:
 
     def execute(self, say: Callable[[str], None]) -> dict[str, Any] | None:
         """Run everything. Returns why something did not run to its end, or None."""
-        import torch.distributed as dist
-
         from trainer.data.prepare import prepare_data
 
         say("preparing")
         prepare_data(self.config)  # once, so that no process waits for another's lock
         self.run.freeze(self.config)
         self._reference = self._start_reference()
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for part, steps in (("the layout", STEPS - 1), ("the layout, resumed", STEPS)):
             say(part)
             self.config.train.steps = steps
@@ -167,7 +164,6 @@ class Proof:
                 command=self.command(self.run.config_path),
                 num_workers=self.config.launcher.nproc_per_node,
                 env={"OMP_NUM_THREADS": "1"},
-                master_port=store.port,
             )
             agent = Agent(self.run, plan.starter(self.run.path), 0, 10.0, say=lambda line: None)
             outcome = agent.run()

@@ -13,13 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from launch.failure import Failure, diagnose
 from launch.liveness import Hang, find_hang, stacks
 from launch.standby import ForkedProcess, Standby, StandbyLost
 from trainer.liveness import Page, Vitals, page_file
 from trainer.metrics.jsonl import decode
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _TAIL_BYTES = 4000
 _TAIL_LINES = 12
@@ -36,7 +39,7 @@ class Plan:
         command: argv of a worker, the same for every rank.
         num_workers: ranks of this node.
         env: variables for every worker, on top of this process's own.
-        master_port: of the store that the agent hosts and that outlives generations.
+        master_port: of the store of all nodes, which outlives generations; 0: this machine gets one of its own.
         first_rank, world_size: where this node's ranks stand; by default it is the whole world.
         heartbeat_seconds: how long a suspended worker may stay so.
         standby: forks workers of :func:`worker_command`; None: each is started as a process of its own.
@@ -132,6 +135,7 @@ class WorkerGroup:
         if check_exchanges:
             plan = replace(plan, env={**plan.env, "MUSTER_CHECK_EXCHANGES": "1"})
         self.workers: list[Worker] = []
+        self._store: dist.TCPStore | None = None
         self._heartbeat_seconds, self._looked = plan.heartbeat_seconds, time.monotonic()
         folder = run_dir / "logs" / f"generation-{generation}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,8 +152,19 @@ class WorkerGroup:
             raise
 
     def _start_all(self, plan: Plan, run_dir: Path, folder: Path) -> None:
+        if not plan.master_port:
+            plan = replace(plan, master_port=self._store_port())
         for local_rank in range(plan.num_workers):
             self.workers.append(self._start(plan, run_dir, folder, local_rank))
+
+    def _store_port(self) -> int:
+        if self._standby is not None:
+            return self._standby.store_port()
+        import torch.distributed as dist
+
+        # Its thread lives as long as this object.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return self._store.port
 
     def _start(self, plan: Plan, run_dir: Path, folder: Path, local_rank: int) -> Worker:
         rank = plan.first_rank + local_rank
@@ -175,7 +190,7 @@ class WorkerGroup:
         process: subprocess.Popen[bytes] | ForkedProcess
         with log.open("ab") as output:
             if self._standby is not None:
-                process = self._standby.fork(plan.command[len(_PROGRAM) :], env, output, **files)
+                process = self._standby.fork(plan.command[len(_PROGRAM) :], env, output, files)
             else:
                 # Its own session, so that the terminal's Ctrl-C reaches the agent alone.
                 process = subprocess.Popen(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
+import runpy
 import socket
 import subprocess
 import sys
@@ -56,9 +58,11 @@ def cpu_model() -> str:
 
 def describe(config: RunConfig, command: list[str]) -> dict[str, Any]:
     """The environment of a run that starts now."""
-    import torch
+    devices = []
+    if num_gpus := count_gpus():
+        import torch
 
-    devices = [torch.cuda.get_device_name(index) for index in range(count_gpus())]
+        devices = [torch.cuda.get_device_name(index) for index in range(num_gpus)]
     return {
         "time": time.time(),
         "command": command,
@@ -69,7 +73,7 @@ def describe(config: RunConfig, command: list[str]) -> dict[str, Any]:
         "executable": sys.executable,
         "muster": package_version("muster-moe"),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda,
+        "cuda": _cuda_of_torch(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
@@ -79,6 +83,14 @@ def describe(config: RunConfig, command: list[str]) -> dict[str, Any]:
         "processes": config.launcher.nproc_per_node,
         "git": git_state(SOURCE),
     }
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA version that torch was built for, None of a CPU build; importing torch would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    version: str | None = runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"]
+    return version
 
 
 _CODE = ("launch", "trainer", "parallel", "conf")

@@ -6,8 +6,10 @@ An agent (launch/standby.py) starts it and speaks with it over a ``SOCK_SEQPACKE
 a message:
 
 =========================================  ==================================================================
-from the agent                             ``{"argv": […], "env": {…}, "files": [name, …]}`` with a descriptor
-                                           for the output and one for each name: fork a worker;
+from the agent                             ``{"run": "worker", "argv": […], "env": {…}, "files": [name, …]}`` with a
+                                           descriptor for the output and one for each name: fork a worker;
+                                           ``"run": "store"``: a process that hosts the ranks' store and writes
+                                           its port to the file ``MUSTER_PORT_FILE``;
                                            ``{"reap": [pid, …]}``: their exits were heard, forget them
 from the server, once                      ``{"ready": true}``, or ``{"ready": false, "why": …}``: it cannot fork
 from the server                            ``{"pid": …}``: forked, in the order of the requests;
@@ -65,12 +67,14 @@ class ForkServer:
 
     Args:
         channel: to the agent.
-        main: what a child runs, given its arguments and the pid of the process that it must not outlive.
+        mains: what a child runs, by name, given its arguments and the pid of the process that it must not outlive.
         dispositions: of signals, for children.
     """
 
-    def __init__(self, channel: socket.socket, main: Main, dispositions: Mapping[int, Any]) -> None:
-        self._channel, self._main, self._dispositions = channel, main, dispositions
+    def __init__(
+        self, channel: socket.socket, mains: Mapping[str, Main], dispositions: Mapping[int, Any]
+    ) -> None:
+        self._channel, self._mains, self._dispositions = channel, mains, dispositions
         self._children: set[int] = set()
         self._exited: set[int] = set()
 
@@ -96,13 +100,15 @@ class ForkServer:
             if pid in self._exited:
                 os.waitpid(pid, 0)
                 self._exited.discard(pid)
-        if "argv" in request:
-            with suppress(ConfigError):  # the worker will say so
-                load_frozen(Path(request["argv"][request["argv"].index("--config") + 1]))
-            self._fork(request["argv"], request["env"], request["files"], files)
+        if "run" in request:
+            if "--config" in request["argv"]:
+                with suppress(ConfigError):  # the worker will say so
+                    load_frozen(Path(request["argv"][request["argv"].index("--config") + 1]))
+            main = self._mains[request["run"]]
+            self._fork(main, request["argv"], request["env"], request["files"], files)
 
     def _fork(
-        self, argv: list[str], env: Mapping[str, str], names: Sequence[str], files: Sequence[int]
+        self, main: Main, argv: list[str], env: Mapping[str, str], names: Sequence[str], files: Sequence[int]
     ) -> None:
         server = os.getpid()
         # Until the child listens to them itself: none may be lost between.
@@ -110,8 +116,8 @@ class ForkServer:
         pid = os.fork()
         if pid == 0:
             try:
-                self._become_worker(argv, env, names, files)
-                self._main(argv, server)
+                self._become_child(argv, env, names, files)
+                main(argv, server)
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
             finally:
@@ -122,7 +128,7 @@ class ForkServer:
         self._children.add(pid)
         self._send({"pid": pid})
 
-    def _become_worker(
+    def _become_child(
         self, argv: list[str], env: Mapping[str, str], names: Sequence[str], files: Sequence[int]
     ) -> None:
         signal.set_wakeup_fd(-1)
@@ -155,6 +161,20 @@ class ForkServer:
 
     def _send(self, message: Mapping[str, Any]) -> None:
         self._channel.send(json.dumps(message).encode())
+
+
+def host_store(argv: list[str], parent: int) -> NoReturn:
+    """Host the store of a node's ranks until the server ends: an agent that did would have to import torch."""
+    import torch.distributed as dist
+
+    for number in _JOB_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(parent)
+    name_process("muster-store")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    Path(os.environ["MUSTER_PORT_FILE"]).write_text(f"{store.port}\n")
+    while True:
+        signal.pause()
 
 
 def import_all(engine: str | None) -> str | None:
@@ -195,7 +215,7 @@ def main(argv: list[str]) -> None:
         if why is None:
             from trainer.__main__ import main as work
 
-            ForkServer(channel, work, dispositions).serve()
+            ForkServer(channel, {"worker": work, "store": host_store}, dispositions).serve()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def fork(standby: Standby, folder: Path, port: int) -> ForkedProcess:
     env |= {"MUSTER_RUN_DIR": str(folder), "MUSTER_GENERATION": "0"}
     with (folder / "log").open("ab") as log, (folder / "report").open("w+b") as report:
         command = ["--config", str(folder / "config.yaml")]
-        return standby.fork(command, env, log, MUSTER_ERROR_FILE=report.fileno())
+        return standby.fork(command, env, log, {"MUSTER_ERROR_FILE": report.fileno()})
 
 
 def listens(pid: int, number: signal.Signals) -> bool:
@@ -99,6 +99,27 @@ def test_workers_die_with_the_standby_and_another_takes_its_place(standby: Stand
     last = fork(standby, tmp_path, port=1)
     standby.close()
     wait_until(lambda: not psutil.pid_exists(last.pid), "the end of what a closed standby has forked")
+
+
+def test_a_store_that_dies_is_replaced_and_the_standby_takes_it_along(tmp_path: Path) -> None:
+    with Standby({"OMP_NUM_THREADS": "1"}, None, tmp_path / "log", print) as standby:
+        assert standby.prepare(), (tmp_path / "log").read_text()
+        port = standby.store_port()
+        assert standby.store_port() == port, "it outlives generations"
+        client = dist.TCPStore("127.0.0.1", port, is_master=False)
+        client.set("key", "value")
+        assert client.get("key") == b"value"
+        (server,) = (child for child in psutil.Process().children() if child.name() == "muster-standby")
+        (store,) = server.children()
+        assert store.name() == "muster-store"
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            store.send_signal(number)  # they mean the workers
+        client.set("key", "again")
+        assert client.get("key") == b"again"
+        store.kill()
+        wait_until(lambda: standby.store_port() != port, "another store")
+        (last,) = (child for child in server.children() if child.name() == "muster-store")
+    wait_until(lambda: not last.is_running(), "the end of the store")
 
 
 @pytest.mark.timeout(120)
