@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-snapshot docs clean
+.PHONY: help setup train test test-all test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-snapshot docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -24,8 +24,11 @@ $(READY): pyproject.toml constraints.txt
 train: setup ## the main job: train a Mixture-of-Experts on two processes (ARGS="train.steps=600" changes it)
 	$(BIN)/muster train experiment=quickstart $(ARGS)
 
-test: setup ## all tests that need no GPU, two at a time (tests/conftest.py)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: setup ## what must pass before a change lands, three at a time (tests/conftest.py); no GPU needed
+	$(BIN)/python -m pytest -n 3 -m "not long" $(ARGS)
+
+test-all: setup ## the same and the long tests: repetitions and variations (ARGS="-m long": these alone)
+	$(BIN)/python -m pytest -n 3 $(ARGS)
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -o addopts='' -m gpu tests/gpu $(ARGS)

@@ -7,10 +7,10 @@ from tests.command import CALM, Workplace
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """``make test`` in two processes, each of which takes the next group of tests when it is done with one.
+    """``make test`` in a few processes, each of which takes the next group of tests when it is done with one.
 
     Nodes of tests/cluster have names and addresses, and tests/distributed pools of processes: each of these is one
-    group. The largest groups begin first; long single tests go with them, not to the end.
+    group, and so is any other file. What takes longest begins first.
     """
     from xdist.scheduler import LoadScopeScheduling  # not needed, and maybe not there, without -n
 
@@ -18,11 +18,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             folder = file.split("/")[1]
-            if folder in ("unit", "conf", "distributed"):
-                return folder
-            return "long" if folder in ("cluster", "test_main_job.py") or "llama3" in file else file
+            return folder if folder in ("cluster", "distributed") else file
 
+    config.option.loadscopereorder = False  # else by number of tests
     return Lanes(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first (several processes then end at the same time)."""
+    first = ("cluster", "test_main_job", "chaos/test_chaos_llama3", "distributed", "unit")
+
+    def place(item: pytest.Item) -> int:
+        return next(
+            (n for n, start in enumerate(first) if item.nodeid.startswith(f"tests/{start}")), len(first)
+        )
+
+    items.sort(key=place)
 
 
 @pytest.fixture

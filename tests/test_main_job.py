@@ -9,7 +9,6 @@ import pytest
 from tests.command import MUSTER, Workplace
 
 
-@pytest.mark.slow
 def test_quickstart_learns_and_leaves_everything_a_user_was_promised(workplace: Workplace) -> None:
     output = workplace.run(MUSTER, "train", "experiment=quickstart", "run.id=main")
     run_dir = workplace.path / "runs" / "quickstart" / "main"

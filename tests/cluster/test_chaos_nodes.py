@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.chaos.test_chaos_command import chaos, verdict
 from tests.cluster.hosts import need
 from tests.command import Workplace
 from tests.commands.watch import assert_nothing_left
 
 
+@pytest.mark.long
 def test_a_lost_node_and_a_link_that_comes_back(workplace: Workplace) -> None:
     need("ip", "unshare")
     schedule = workplace.path / "schedule.jsonl"

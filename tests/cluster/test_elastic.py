@@ -128,6 +128,7 @@ def test_another_node_takes_over_from_node_0(
     assert_nothing_left(workplace)
 
 
+@pytest.mark.long
 def test_spares_take_the_places_of_a_lost_node_and_of_a_repeat_offender(
     workplace: Workplace, three: list[Host], calm: Workplace
 ) -> None:

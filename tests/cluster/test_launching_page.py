@@ -37,6 +37,8 @@ class Block:
 BLOCKS = [
     Block(tuple(found["hosts"].split(" and ")), found["text"]) for found in BLOCK.finditer(PAGE.read_text())
 ]
+TRIED_ELSEWHERE = ("over-ssh", "under-torchrun", "under-accelerate")
+"""In other words, by test_two_nodes.py, test_torchrun.py and test_accelerate.py."""
 TRAINING = [block for block in BLOCKS if "muster submit" not in block.text and "srun" not in block.text]
 
 
@@ -46,7 +48,14 @@ def test_every_block_is_run() -> None:
     assert len(BLOCKS) == text.count("```bash") >= 6, "a block has no `run on` line"
 
 
-@pytest.mark.parametrize("block", TRAINING, ids=lambda block: block.run_id)
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, marks=pytest.mark.long if block.run_id in TRIED_ELSEWHERE else ())
+        for block in TRAINING
+    ],
+    ids=lambda block: block.run_id,
+)
 def test_block(
     block: Block, workplace: Workplace, nodes: list[Host], ssh_config: Path, calm: Workplace
 ) -> None:

@@ -107,6 +107,7 @@ def limited(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(slurm, folder, "b", *asked, hold(folder, limited=True))
 
 
+@pytest.mark.long
 def test_a_node_fails_and_the_job_goes_on_with_another(
     slurm: Slurm, limited: Job, calm: Workplace, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import psutil
+import pytest
 
 from launch.chaos.hosts import Host
 from tests.chaos.plugins import KillAt
@@ -59,6 +60,7 @@ def test_a_killed_rank_of_the_other_node_comes_back(
     assert_same(workplace, calm)
 
 
+@pytest.mark.long
 def test_a_node_that_dies_is_waited_for(workplace: Workplace, nodes: list[Host], calm: Workplace) -> None:
     more = [*held(workplace, step=6, forever=True), "resilience.node_timeout_seconds=5"]
     first, second = (train_on(workplace, host, *more) for host in nodes)
@@ -106,6 +108,7 @@ def test_one_command_starts_all_nodes_and_resumes_them(
     assert_same(workplace, calm)
 
 
+@pytest.mark.long
 def test_an_agent_that_dies_is_started_again(
     workplace: Workplace, nodes: list[Host], ssh_config: Path, calm: Workplace
 ) -> None:
@@ -166,6 +169,7 @@ class TestWhatIsWrong:
             refused(process, f"launcher.hostfile={name}: this host cannot be reached over ssh")
             assert_nothing_left(workplace)
 
+    @pytest.mark.long
     def test_a_first_node_that_is_not_there(self, workplace: Workplace, nodes: list[Host]) -> None:
         cases = (("node-c", "no host has this name"), ("10.77.0.99", "10.77.0.99:29400 cannot be reached"))
         started = [
@@ -208,6 +212,7 @@ class TestWhatIsWrong:
             )
         assert_nothing_left(workplace)
 
+    @pytest.mark.long
     def test_a_directory_that_only_one_node_sees(self, workplace: Workplace, nodes: list[Host]) -> None:
         own = f'mount -t tmpfs own {workplace.path / "runs"} && exec "$@"'
         (workplace.path / "runs").mkdir()

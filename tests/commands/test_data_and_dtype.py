@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tests.command import EP2, Workplace
 from tests.commands.plugins import entry
@@ -42,6 +43,7 @@ def check_killed(workplace: Workplace, resumed_from: list[int]) -> None:
     assert workplace.losses() == losses
 
 
+@pytest.mark.long
 def test_the_same_documents_as_jsonl_and_as_parquet_in_bf16_on_two_ranks(workplace: Workplace) -> None:
     lines, table = workplace.path / "texts.jsonl", workplace.path / "texts.parquet"
     lines.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts()))
@@ -68,6 +70,7 @@ def test_a_streamed_dataset_goes_on_where_it_was(workplace: Workplace) -> None:
     assert workplace.losses() == workplace.losses(calm)
 
 
+@pytest.mark.long
 def test_bf16_learns_and_a_kill_changes_no_bit_on_one_rank(workplace: Workplace) -> None:
     workplace.train(*RUN, *BF16, "run.id=calm")
     workplace.train(*RUN, *BF16, killer(workplace, [[9, 0]]))

@@ -49,7 +49,6 @@ def save_mixtral(folder: Path, corpus: Path) -> None:
     TextTokenizer.train(texts, 300).save(folder / "tokenizer.json")
 
 
-@pytest.mark.slow
 def test_import_train_export(workplace: Workplace) -> None:
     place, corpus = workplace, workplace.path / "corpus"
     save_mixtral(place.path / "model", corpus)

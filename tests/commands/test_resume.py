@@ -97,6 +97,7 @@ def test_what_cannot_be_resumed_is_said(trained: Workplace) -> None:
     assert checkpoints_of(trained.run_dir) == ["step-00000003", "step-00000006"]
 
 
+@pytest.mark.long
 def test_a_balance_loss_by_forward_pass_does_not_go_on_under_another_split(workplace: Workplace) -> None:
     workplace.train("layout.balance.scope=micro", "train.steps=2", "train.micro_batch=4")
     output = workplace.resume("train.steps=3", "train.micro_batch=2", expect=2)

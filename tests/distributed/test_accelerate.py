@@ -322,6 +322,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return workplace
 
 
+@pytest.mark.long
 def test_kills_leave_the_same_bits(workplace: Workplace, calm: Workplace) -> None:
     kwargs = f"folder: {json.dumps(str(workplace.path / 'marks'))}, at: [[5, 1], [9, 0]]"
     killer = f'{{target: "tests.chaos.plugins:KillAt", kwargs: {{{kwargs}}}}}'
@@ -367,6 +368,7 @@ def test_a_contradiction_in_the_launcher_is_one_message(workplace: Workplace) ->
     assert len(said) == 1 and "mixed_precision=bf16" in said[0] and "train.dtype" in said[0], output
 
 
+@pytest.mark.long
 def test_verify_passes(workplace: Workplace) -> None:
     overrides = [ENGINE, "layout=deepseek", "launcher.nproc_per_node=4", "parallel.ep=2"]
     output = workplace.run(

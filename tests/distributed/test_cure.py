@@ -91,7 +91,10 @@ COLLAPSES = {
 }
 
 
-@pytest.mark.parametrize("policy", list(COLLAPSES))
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(name, marks=pytest.mark.long if name != "reset_bias" else ()) for name in COLLAPSES],
+)
 def test_a_collapsed_run_recovers(pool: Pool, corpus: Path, tmp_path: Path, policy: str) -> None:
     """And does not without; the loss is no worse for it."""
     layout, how, cure, steps = COLLAPSES[policy]

@@ -299,7 +299,7 @@ def test_a_flat_range_is_its_boxes_in_order(shape: tuple[int, ...]) -> None:
         assert torch.equal(values, torch.arange(start, stop))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_verify_proves_a_run_with_a_ds_config(tmp_path: Path) -> None:
     """The real command: its batch and clipping are shrunk, and the file that repeats them still serves."""
     path = tmp_path / "ds.json"
