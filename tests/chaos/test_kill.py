@@ -36,7 +36,6 @@ def samples_by_step(folder: Path) -> dict[int, list[list[int]]]:
     return attempts
 
 
-@pytest.mark.long
 def test_three_kills_leave_the_same_bits(workplace: Workplace) -> None:
     common = [
         "layout=deepseek",  # its router biases are state beside weights and optimizer,
