@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -104,6 +105,7 @@ def test_a_store_that_is_stuck_or_gone_is_no_second_error() -> None:
         client.set("place/0", json.dumps([NOW, Spot(3)]))
         assert describe_places_within(client, 1, seconds=60.0) == "rank 0 at step 3, 0 s ago"
         host.send_signal(signal.SIGSTOP)
+        os.waitpid(host.pid, os.WUNTRACED)  # a signal is sent before it is delivered
         assert describe_places_within(client, 1, seconds=0.5) == ""
     finally:
         host.kill()
