@@ -44,5 +44,8 @@ class ChaosConfig:
     nodes: int = 0
     """Network namespaces that the disturbed training is spread over (as root): nodes with a memory mount of their
     own, with launcher.nproc_per_node ranks each. 0: none; what strikes nodes is stood in for."""
+    nodes_gone: int = 0
+    """Of the nodes that are lost, so many, the first ones, do not come back: the run goes on with the rest, and its
+    losses must be those of the undisturbed run up to rounding."""
     reference: str | None = None
     """The directory of a finished run of the same config to compare with; null: it is trained first."""

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from launch.chaos.commands import Commands
-from launch.chaos.draw import plan
+from launch.chaos.draw import num_gone, plan
 from launch.chaos.hosts import Host, hosts
 from launch.chaos.verdict import judge, read_marks, show
 from launch.local import complete_config
@@ -55,19 +55,19 @@ def main(argv: list[str]) -> Outcome:
     """
     console = Console(highlight=False)
     asked = compose(argv)
-    places = _node_overrides(asked)
-    config = complete_config(compose([*argv, *places]) if places else asked)
+    nodes = _checked_nodes(asked)
+    config = complete_config(compose([*argv, *places(nodes, str(len(nodes)))]) if nodes else asked)
     faults = plan(config)
     run = RunDirectory.claim(config) if config.run.resume else RunDirectory.create(config)
     overrides = [
         line for line in argv if grammar.parse([line])[0].key_or_group not in ("run.id", "run.resume")
     ]
     with ExitStack() as stack:
-        made = stack.enter_context(hosts(*_names(config.chaos.nodes))) if config.chaos.nodes else []
+        made = stack.enter_context(hosts(*nodes)) if nodes else []
         chaos = Chaos(config, run, faults, overrides, console, made)
         stack.callback(chaos.commands.end)
         reference = chaos.reference()
-        finished = chaos.disturb(places)
+        finished = chaos.disturb()
     verdict = {"time": chaos.began, "seconds": time.time() - chaos.began, "command": argv}
     verdict |= judge(faults, run.path / FOLDER, run.path, reference, finished)
     verdict["commands"] = chaos.num_commands
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> Outcome:
     write_atomically(path, json.dumps(verdict, indent=1) + "\n")
     show(verdict, console)
     console.print(f"verdict        {path}", markup=False, soft_wrap=True)
-    if verdict["bit_identical"] and verdict["survived"] == verdict["planned"]:
+    if verdict["equal"] and verdict["survived"] == verdict["planned"]:
         return Outcome(EXIT_DONE)
     return Outcome(EXIT_NOT_SURVIVED, _why(verdict, chaos))
 
@@ -83,10 +83,10 @@ def main(argv: list[str]) -> Outcome:
 def _why(verdict: dict[str, Any], chaos: Chaos) -> str:
     if not verdict["finished"]:
         return f"Not survived. The end of {chaos.log}:\n{chaos.tail()}"
-    if not verdict["bit_identical"]:
-        return f"Not identical: {verdict['first_difference']}"
+    if not verdict["equal"]:
+        return f"Not equal: {verdict['first_difference']}"
     missing = verdict["planned"] - verdict["injected"]
-    return f"Survived and identical, but {missing} of {verdict['planned']} faults never struck."
+    return f"Survived and equal, but {missing} of {verdict['planned']} faults never struck."
 
 
 class Chaos:
@@ -124,7 +124,6 @@ class Chaos:
         self.commands = Commands(self.log, made)
         self.num_commands = 0
         self._told: set[int] = set()
-        self._local_ranks = config.launcher.nproc_per_node
         self._keep_schedule()
 
     def _keep_schedule(self) -> None:
@@ -176,20 +175,20 @@ class Chaos:
             )
         return reference.path
 
-    def disturb(self, places: Sequence[str]) -> bool:
-        """Train under faults, to the end or to a fault that nothing answers. Returns whether it is finished.
-
-        Args:
-            places: overrides that spread the training over the nodes.
-        """
+    def disturb(self) -> bool:
+        """Train under faults, to the end or to a fault that nothing answers. Returns whether it is finished."""
         self._say(f"disturbed by {len(self.faults)} fault(s): {self.run.path}")
         env = {SCHEDULE_VARIABLE: str(self.folder / SCHEDULE_FILE)}
         own = [f"run.id={self.run.path.name}", "run.resume=true"]
-        arguments = ["train", *self._overrides, *places, *own]
+        arguments = ["train", *self._overrides, *own]
+        most, gone = self.config.chaos.nodes, num_gone(self.faults)
+        nnodes = f"{most - gone}:{most}" if gone else f"{most}"
         while True:
+            left = [host.name for host in self.commands.hosts]
+            where = places(left, nnodes) if left else []
             before = set(read_marks(self.folder))
             self.num_commands += 1
-            code = self.commands.run(arguments, env, self._tell)
+            code = self.commands.run([*arguments, *where], env, self._tell)
             if code == EXIT_DONE:
                 return True
             struck = [self.faults[index] for index in set(read_marks(self.folder)) - before]
@@ -204,8 +203,9 @@ class Chaos:
             if index not in self._told:
                 self._told.add(index)
                 fault = self.faults[index]
-                if fault.kind == "node-lost":
-                    self.commands.replace(self.commands.hosts[fault.rank // self._local_ranks])
+                if fault.kind in ("node-lost", "node-gone"):
+                    host = next(host for host in self.commands.hosts if host.name == mark["host"])
+                    (self.commands.replace if fault.kind == "node-lost" else self.commands.lose)(host)
                 of = f" ({fault.component})" if fault.component else ""
                 self._say(
                     f"{len(self._told)}/{len(self.faults)}  step {mark['step'] + 1}  rank {fault.rank}  "
@@ -222,12 +222,13 @@ class Chaos:
         return ""
 
 
-def _names(nodes: int) -> list[str]:
-    return [f"node-{index}" for index in range(nodes)]
+def places(names: Sequence[str], nnodes: str) -> list[str]:
+    """Overrides that spread a training over the nodes that are there."""
+    return [f"launcher.nnodes='{nnodes}'", f"launcher.master_addr={names[0]}"]
 
 
-def _node_overrides(asked: RunConfig) -> list[str]:
-    """What spreads a training over ``chaos.nodes`` namespaces.
+def _checked_nodes(asked: RunConfig) -> list[str]:
+    """The names of ``chaos.nodes`` namespaces.
 
     Raises:
         ConfigError: this machine cannot have them, or the config has nodes of its own.
@@ -245,7 +246,7 @@ def _node_overrides(asked: RunConfig) -> list[str]:
         why = f"{missing[0]} is not there" if missing else f"{nodes} node(s) as user {os.geteuid()}"
         relation = f"nodes are network namespaces: two or more, as root, with iproute2; {why}"
         raise ConfigError("chaos.nodes", nodes, relation, "chaos.nodes=0")
-    return [f"launcher.nnodes={nodes}", f"launcher.master_addr={_names(nodes)[0]}"]
+    return [f"node-{index}" for index in range(nodes)]
 
 
 def _check_reference(reference: RunDirectory, config: RunConfig) -> None:

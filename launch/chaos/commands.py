@@ -21,10 +21,13 @@ class Commands:
     Args:
         log: what they print.
         hosts: where; none: here.
+
+    Attributes:
+        hosts: those that are not lost for good.
     """
 
     def __init__(self, log: Path, hosts: Sequence[Host] = ()) -> None:
-        self.log, self.hosts = log, hosts
+        self.log, self.hosts = log, list(hosts)
         self._children: dict[Host | None, subprocess.Popen[bytes]] = {}
         self._arguments: Sequence[str] = ()
         self._env: Mapping[str, str] = {}
@@ -63,9 +66,17 @@ class Commands:
 
     def replace(self, host: Host) -> None:
         """A node is destroyed, with its memory, and a new one in its place runs the same command."""
-        host.destroy()
-        self._children[host].wait()
+        self._destroy(host)
         self._start(host)
+
+    def lose(self, host: Host) -> None:
+        """A node is destroyed, with its memory, for good."""
+        self._destroy(host)
+        self.hosts.remove(host)
+
+    def _destroy(self, host: Host) -> None:
+        host.destroy()
+        self._children.pop(host).wait()
 
     def end(self) -> None:
         """Leave no process behind: what runs is asked to stop, then killed, and its workers with it."""

@@ -30,7 +30,10 @@ def plan(config: RunConfig) -> list[Fault]:
         faults = read_schedule(Path(chaos.schedule), world_size(config), steps)
         if not faults:
             raise ConfigError("chaos.schedule", chaos.schedule, "is empty", "one JSON line a fault")
-        return sorted((_stood_in(fault, config) for fault in faults), key=lambda fault: fault.step)
+        in_order = sorted((_stood_in(fault, config) for fault in faults), key=lambda fault: fault.step)
+        faults = _shrinking(in_order, config)
+        _check_ranks(faults, config)
+        return faults
     chance = random.Random(chaos.seed)
     if chaos.kinds:
         for kind in chaos.kinds:
@@ -49,16 +52,50 @@ def plan(config: RunConfig) -> list[Fault]:
         )
     if not chaos.kinds:
         faults = _waiting_inside(faults, steps, config.checkpoint.every)
+    faults = _shrinking(faults, config)
     at = place(len(faults), steps, chance)
     return [
-        replace(
-            fault,
-            step=step,
-            rank=chance.randrange(world_size(config)),
-            point=chance.choice(KINDS[fault.kind].points),
-        )
-        for fault, step in zip(faults, at, strict=True)
+        replace(fault, step=step, rank=chance.randrange(world), point=chance.choice(KINDS[fault.kind].points))
+        for fault, step, world in zip(faults, at, worlds(faults, config), strict=True)
     ]
+
+
+def num_gone(faults: Sequence[Fault]) -> int:
+    """How many nodes do not come back."""
+    return sum(fault.kind == "node-gone" for fault in faults)
+
+
+def worlds(faults: Sequence[Fault], config: RunConfig) -> list[int]:
+    """How many ranks there are when each fault strikes, in order: every node-gone takes those of a node."""
+    gone = itertools.accumulate((fault.kind == "node-gone" for fault in faults), initial=0)
+    return [world_size(config) - nodes * config.launcher.nproc_per_node for nodes in gone][: len(faults)]
+
+
+def _shrinking(faults: list[Fault], config: RunConfig) -> list[Fault]:
+    """The faults, of which the first ``chaos.nodes_gone`` lost nodes do not come back.
+
+    Raises:
+        ConfigError: fewer are lost, or none is left at the end.
+    """
+    number, nodes = config.chaos.nodes_gone, config.chaos.nodes
+    lost = [index for index, fault in enumerate(faults) if fault.kind == "node-lost"]
+    if not 0 <= number <= len(lost):
+        relation = f"{len(lost)} node(s) are lost by these faults"
+        raise ConfigError("chaos.nodes_gone", number, relation, f"chaos.nodes_gone={len(lost)}")
+    for index in lost[:number]:
+        faults[index] = replace(faults[index], kind="node-gone")
+    gone = num_gone(faults)
+    if gone and gone >= nodes:
+        relation = f"{gone} of {nodes} nodes do not come back: none is left"
+        raise ConfigError("chaos.nodes", nodes, relation, f"chaos.nodes={gone + 1}")
+    return faults
+
+
+def _check_ranks(faults: Sequence[Fault], config: RunConfig) -> None:
+    for fault, world in zip(faults, worlds(faults, config), strict=True):
+        if fault.rank >= world:
+            relation = f"rank {fault.rank} at step {fault.step}: {world} rank(s) are left by then"
+            raise ConfigError("chaos.schedule", config.chaos.schedule, relation, "a rank below that")
 
 
 def draw(rows: Sequence[Row], number: int, chance: random.Random) -> list[tuple[str, str]]:

@@ -120,6 +120,12 @@ KINDS: dict[str, Kind] = {
         needs="nodes",
         stand_in="kill-all",
     ),
+    "node-gone": Kind(
+        "every process of a node is killed, its memory is gone, nobody comes in its place",
+        ends=True,
+        needs="nodes",
+        stand_in="kill-all",
+    ),
     "link-flap": Kind(
         "the link of a node is down for two seconds", needs="nodes", stand_in="connection-reset"
     ),

@@ -309,5 +309,6 @@ STRIKES: dict[str, Strike] = {
     "preempt": _signal_agent(signal.SIGTERM),
     "time-limit": _signal(signal.SIGUSR1),
     "node-lost": _await_end,
+    "node-gone": _await_end,
     "link-flap": _link_flap,
 }

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -102,6 +103,23 @@ def test_a_nodes_faults_are_stood_in_for_and_say_so() -> None:
     assert (fault.kind, fault.instead_of) == ("kill-all", "node-lost")
 
 
+def test_nodes_that_do_not_come_back_take_their_ranks_with_them(tmp_path: Path) -> None:
+    kinds = ",".join(["kill", "node-lost"] * 4)
+    four = config(
+        *("chaos.nodes=4", "launcher.nnodes=4", "launcher.master_addr=a", "launcher.nproc_per_node=1"),
+        *(f"chaos.kinds=[{kinds}]", "chaos.nodes_gone=2", "train.steps=60"),
+    )
+    draws = [plan(replace(four, chaos=replace(four.chaos, seed=seed))) for seed in range(40)]
+    assert [fault.kind for fault in draws[0][1::2]] == ["node-gone", "node-gone", "node-lost", "node-lost"]
+    ranks = [{faults[index].rank for faults in draws} for index in range(8)]
+    assert ranks == [set(range(world)) for world in (4, 4, 3, 3, 2, 2, 2, 2)]
+    path = tmp_path / "faults.jsonl"
+    path.write_text('{"step": 3, "rank": 0, "kind": "node-gone"}\n{"step": 7, "rank": 3, "kind": "kill"}\n')
+    four.chaos.schedule, four.chaos.nodes_gone = str(path), 0
+    with pytest.raises(ConfigError, match=r"rank 3 at step 7: 3 rank\(s\) are left by then"):
+        plan(four)
+
+
 def test_schedules_are_replayed_exactly(tmp_path: Path) -> None:
     path = tmp_path / "faults.jsonl"
     path.write_text('{"step": 7, "rank": 1, "kind": "kill"}\n\n{"step": 3, "rank": 0, "kind": "disk-full"}\n')
@@ -146,6 +164,14 @@ def test_what_is_wrong_with_a_schedule(tmp_path: Path, line: object, said: str) 
         (
             ["cluster=llama3", "chaos.faults=20", "checkpoint.every=50"],
             "checkpoint.every=50: ",
+        ),
+        (
+            ["chaos.kinds=[kill]", "chaos.nodes_gone=1"],
+            "chaos.nodes_gone=1: 0 node(s) are lost by these faults",
+        ),
+        (
+            ["chaos.nodes=2", "chaos.kinds=[node-lost,node-lost]", "chaos.nodes_gone=2"],
+            "chaos.nodes=2: 2 of 2 nodes do not come back: none is left. Fix: chaos.nodes=3",
         ),
         (["cluster=llama3", "cluster.faults.CPU.kinds.kil=1"], "there is no kind of fault 'kil'"),
         (["cluster=llama3", "cluster.faults.CPU.kinds.kill=0"], "a weight is above 0"),

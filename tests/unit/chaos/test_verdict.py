@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.chaos.verdict import judge
+from launch.chaos.verdict import TOLERANCE, judge
 from trainer.faults.kinds import Fault
 
 
@@ -51,3 +51,31 @@ def test_a_run_that_goes_no_further_has_not_survived(tmp_path: Path) -> None:
 def test_what_nobody_noticed_has_no_recovery_time(tmp_path: Path) -> None:
     facts = found(tmp_path, [], {10: 99.0, 11: 101.0})
     assert (facts["detected"], facts["recovery_seconds"], facts["survived"]) == (None, None, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "losses", "equal"),
+    [
+        ("kill", {1: 2.0, 2: 2.0 + 1e-9}, False),
+        ("node-gone", {1: 2.0, 2: 2.0 + 1e-9}, True),
+        ("node-gone", {1: 2.0, 2: 2.0 + 5 * TOLERANCE}, False),
+        ("node-gone", {1: 2.0, 2: float("nan")}, False),
+        ("node-gone", {1: 2.0}, False),
+    ],
+)
+def test_only_a_run_that_lost_nodes_for_good_may_differ_and_only_by_rounding(
+    tmp_path: Path, kind: str, losses: dict[int, float], equal: bool
+) -> None:
+    (tmp_path / "marks").mkdir()
+    for name, curve in (("run", losses), ("reference", {1: 2.0, 2: 2.0})):
+        (tmp_path / name).mkdir()
+        steps = [{"step": step, "time": 100.0 + step, "loss/train": loss} for step, loss in curve.items()]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        (tmp_path / name / "events.jsonl").write_text(
+            json.dumps({"event": "finish", "time": 103.0, "step": 2, "goodput": 1.0, "weights_digest": name})
+            + "\n"
+        )
+    faults = [Fault(1, 0, kind, "forward")]
+    verdict = judge(faults, tmp_path / "marks", tmp_path / "run", tmp_path / "reference", finished=True)
+    assert (verdict["equal"], verdict["bit_identical"]) == (equal, False)
+    assert (verdict["first_difference"] is None) == equal
