@@ -9,24 +9,17 @@ from tests.command import CALM, Workplace
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """``make test`` in a few processes, each of which takes the next group of tests when it is done with one.
 
-    Nodes of tests/cluster have names and addresses, and tests/distributed pools of processes: each of these is one
-    group, and so is any other file. What takes longest begins first.
+    A file is a group: its tests share what it made. What takes longest begins first.
     """
-    from xdist.scheduler import LoadScopeScheduling  # not needed, and maybe not there, without -n
-
-    class Lanes(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            folder = file.split("/")[1]
-            return folder if folder in ("cluster", "distributed") else file
+    from xdist.scheduler import LoadFileScheduling  # not needed, and maybe not there, without -n
 
     config.option.loadscopereorder = False  # else by number of tests
-    return Lanes(config, log)
+    return LoadFileScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first (several processes then end at the same time)."""
-    first = ("cluster", "test_main_job", "chaos/test_chaos_llama3", "distributed", "unit")
+    first = ("test_main_job", "chaos/test_chaos_llama3", "cluster", "distributed", "chaos", "commands")
 
     def place(item: pytest.Item) -> int:
         return next(

@@ -89,6 +89,7 @@ def test_what_cannot_be_compared(struck: tuple[Workplace, str]) -> None:
     assert "was trained with optim.lr=0.001, this config has 0.01" in output
 
 
+@pytest.mark.long
 def test_a_stop_leaves_nothing_running_and_the_same_command_goes_on(struck: tuple[Workplace, str]) -> None:
     workplace, _ = struck
     schedule = write_schedule(workplace, (4, 0, "deadlock", "forward"), (8, 1, "kill", "forward"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.chaos.test_kill import callback
 from tests.command import CALM, Workplace
 
@@ -42,6 +44,7 @@ def test_a_batch_that_always_fails_is_stepped_over_once_and_for_all(workplace: W
     assert workplace.losses(killed) == losses
 
 
+@pytest.mark.long
 def test_over_the_budget_it_gives_up_with_one_message(workplace: Workplace) -> None:
     bad = spoil(step=3, rank=1, always=True, steps=3)
     output = workplace.train(*RUN, bad, "guard.max_skips_in_a_row=2", expect=70)
@@ -68,6 +71,7 @@ def test_a_flipped_bit_is_named_and_undone(workplace: Workplace, calm: Workplace
     assert workplace.losses() == calm.losses()
 
 
+@pytest.mark.long
 def test_a_rank_that_flips_bits_again_and_again_fails_by_name(workplace: Workplace) -> None:
     flip = f"callbacks=[{callback('FlipBit', step=2, rank=1, always=True)}]"
     options = ["guard.digest_every=1", "guard.max_rollbacks=1", "resilience.max_restarts=0"]

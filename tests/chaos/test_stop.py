@@ -10,6 +10,7 @@ import pytest
 from tests.command import CALM, MUSTER, SMALL, Workplace
 from tests.commands.plugins import entry
 from tests.commands.watch import assert_nothing_left, checkpoints_of, digest_of_checkpoint
+from tests.grid import some
 
 STOP_AT = 8
 
@@ -30,7 +31,7 @@ def signal_agent(workplace: Workplace, number: int, **options: object) -> str:
     return entry("SignalAgent", step=STOP_AT - 1, number=int(number), mark=mark, **options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", some([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_a_stop_saves_and_leaves_a_resumable_run(
     workplace: Workplace, calm: Workplace, number: signal.Signals
 ) -> None:

@@ -106,6 +106,7 @@ def lose_and_take_in(workplace: Workplace, both: Sequence[Host], lost: Host) -> 
     assert [event["world_size"] for event in workplace.events("start")] == [2, 1, 2]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_without_a_node_and_takes_it_in_again(
     workplace: Workplace, three: list[Host], calm: Workplace
 ) -> None:

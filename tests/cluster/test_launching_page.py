@@ -37,7 +37,7 @@ class Block:
 BLOCKS = [
     Block(tuple(found["hosts"].split(" and ")), found["text"]) for found in BLOCK.finditer(PAGE.read_text())
 ]
-TRIED_ELSEWHERE = ("over-ssh", "under-torchrun", "under-accelerate")
+TRIED_ELSEWHERE = ("by-hand", "over-ssh", "under-torchrun", "under-accelerate")
 """In other words, by test_two_nodes.py, test_torchrun.py and test_accelerate.py."""
 TRAINING = [block for block in BLOCKS if "muster submit" not in block.text and "srun" not in block.text]
 

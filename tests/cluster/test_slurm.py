@@ -124,6 +124,7 @@ def test_a_node_fails_and_the_job_goes_on_with_another(
     slurm.mend(first[1])
 
 
+@pytest.mark.long
 def test_scancel_saves_and_does_not_queue_again(slurm: Slurm, calm: Workplace, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path, "a", hold(tmp_path))
     job.wait_held()
@@ -197,6 +198,7 @@ def test_srun_starts_workers_without_an_agent(slurm: Slurm, calm: Workplace, tmp
     assert_nothing_left(place)
 
 
+@pytest.mark.long
 def test_ahead_of_the_time_limit_the_run_is_saved_and_queued_again(
     slurm: Slurm, limited: Job, calm: Workplace
 ) -> None:

@@ -126,6 +126,7 @@ def test_an_agent_that_dies_is_started_again(
     assert_same(workplace, calm)
 
 
+@pytest.mark.long
 def test_no_agent_outlives_the_command_that_started_it(
     workplace: Workplace, nodes: list[Host], ssh_config: Path
 ) -> None:

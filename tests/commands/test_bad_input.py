@@ -82,10 +82,14 @@ class Named(Callback):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["model.target=theirs:Model"], ["model.target=theirs:Model", "there is no module 'theirs'"]),
-        (
+        pytest.param(
+            *(["model.target=theirs:Model"], ["model.target=theirs:Model", "there is no module 'theirs'"]),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             ['callbacks=[{target: "mine:Named"}]'],
             ["callbacks[0].target=mine:Named", "the metric 'temperature'", "Fix: user/temperature."],
+            marks=pytest.mark.long,
         ),
         (
             [*EP2, 'callbacks=[{target: "mine:Raises"}]'],

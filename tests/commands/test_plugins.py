@@ -147,6 +147,7 @@ def test_model_dataset_and_callback(place: Workplace) -> None:
     assert_nothing_left(place)
 
 
+@pytest.mark.long
 def test_a_model_that_says_all_about_itself_generates(place: Workplace) -> None:
     place.train(
         "layout=dense",
@@ -163,6 +164,7 @@ def test_a_model_that_says_all_about_itself_generates(place: Workplace) -> None:
     assert text.startswith("def ") and len(text) > 5
 
 
+@pytest.mark.long
 def test_a_feed_forward_layer_that_returns_a_tensor(place: Workplace) -> None:
     layer = ["layout.target=mine:Gated", "+layout.kwargs.width=24", "train.steps=4"]
     place.train(*layer, TWO, "train.activation_checkpointing=true", "run.id=layer2")

@@ -49,6 +49,7 @@ def test_other_ranks_and_back_compute_the_same(trained: Workplace, calm: Workpla
     assert trained.losses(run_dir) == pytest.approx(calm.losses(), rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_branch_leaves_the_old_run_alone(trained: Workplace) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.run_dir.rglob("*") if path.is_file()}
     output = trained.resume("run.id=branch", "optim.lr=1e-2", "train.steps=8")
@@ -66,6 +67,7 @@ def test_a_new_run_goes_on_from_another(trained: Workplace, calm: Workplace) -> 
     assert trained.digest(trained.run_dir.parent / "loaded") == calm.digest()
 
 
+@pytest.mark.long
 def test_weights_alone_begin_a_run_on_other_data(trained: Workplace) -> None:
     other = trained.path / "other"
     other.mkdir()
@@ -97,6 +99,7 @@ def test_what_cannot_be_resumed_is_said(trained: Workplace) -> None:
     assert checkpoints_of(trained.run_dir) == ["step-00000003", "step-00000006"]
 
 
+@pytest.mark.long
 @pytest.mark.long
 def test_a_balance_loss_by_forward_pass_does_not_go_on_under_another_split(workplace: Workplace) -> None:
     workplace.train("layout.balance.scope=micro", "train.steps=2", "train.micro_batch=4")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.command import Workplace
 from tests.commands.watch import assert_nothing_left
 from trainer.compose import load_frozen
@@ -39,6 +41,7 @@ def test_every_combination_is_a_run_of_one_group(workplace: Workplace) -> None:
     ]
 
 
+@pytest.mark.long
 def test_bad_points_are_listed_and_stop_no_other(workplace: Workplace) -> None:
     bomb = '[{target: "tests.chaos.plugins:KillAlways"}]'
     output = workplace.train(

@@ -23,6 +23,7 @@ from tests.command import MUSTER, REPO, SMALL, Workplace
 from tests.distributed import cases
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import CASES, UNLIKE, compare, overrides_of
+from tests.grid import some
 from trainer.build import build_engine, build_model
 from trainer.checkpoint.digest import combine
 from trainer.checkpoint.resume import newest_valid
@@ -94,7 +95,10 @@ def test_every_mesh_and_every_layout_with_and_without_ep_is_tried() -> None:
     assert {(layout, ep > 1) for layout, *_, ep in COVERING} == {(layout, ep > 1) for layout, *_, ep in CASES}
 
 
-@pytest.mark.parametrize(("layout", "world", "dp_replicate", "ep"), COVERING)
+SHORT = [("dense", 2, 1, 1), ("deepseek", 2, 2, 1), ("mixtral", 4, 2, 2), ("switch", 4, 1, 4)]
+
+
+@pytest.mark.parametrize(("layout", "world", "dp_replicate", "ep"), some(COVERING, SHORT))
 def test_computes_what_one_process_would(
     ranks: Launched, layout: str, world: int, dp_replicate: int, ep: int
 ) -> None:
@@ -104,11 +108,11 @@ def test_computes_what_one_process_would(
 @pytest.mark.parametrize(
     ("variation", "dp_replicate", "ep"),
     [
-        ("accumulation", 1, 1),
+        pytest.param("accumulation", 1, 1, marks=pytest.mark.long),
         ("accumulation", 2, 2),
-        ("activation checkpointing", 1, 2),
+        pytest.param("activation checkpointing", 1, 2, marks=pytest.mark.long),
         ("tied embeddings, capacity", 2, 2),
-        ("every second layer, odd sizes", 1, 2),
+        pytest.param("every second layer, odd sizes", 1, 2, marks=pytest.mark.long),
         ("odd expert width", 1, 1),
     ],
 )
@@ -143,11 +147,11 @@ class Sharded(Launched):
 @pytest.mark.parametrize(
     ("layout", "world", "dp_replicate", "ep"),
     [
-        ("dense", 4, 2, 1),
-        ("mixtral", 2, 1, 2),
+        pytest.param("dense", 4, 2, 1, marks=pytest.mark.long),
+        pytest.param("mixtral", 2, 1, 2, marks=pytest.mark.long),
         ("mixtral", 4, 1, 2),
         ("deepseek", 4, 2, 2),
-        ("switch", 4, 1, 1),
+        pytest.param("switch", 4, 1, 1, marks=pytest.mark.long),
     ],
 )
 def test_the_fsdp2_plugin_computes_what_one_process_would(
@@ -162,7 +166,7 @@ def config_of(engine: str, world: int, dp_replicate: int, ep: int, *more: str) -
     return cases.small_config("layout=deepseek", f"engine={engine}", *mesh, *more)
 
 
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("world", "ep"), some([(2, 2), (4, 2)], [(4, 2)]))
 def test_the_loss_curve_is_that_of_native(ranks: Launched, world: int, ep: int) -> None:
     curves = [
         ranks.run(cases.train, world, config_of(engine, world, 1, ep, "train.steps=20"), 20)[0]["losses"]
@@ -350,7 +354,7 @@ def accelerate_launch(workplace: Workplace, line: str, *overrides: str, expect: 
     return workplace.run(*command, *SMALL, data, *overrides, expect=expect)
 
 
-@pytest.mark.parametrize("form", ["flags", "config file"])
+@pytest.mark.parametrize("form", some(["flags", "config file"], ["config file"]))
 def test_accelerate_launch_trains_the_same_bits(workplace: Workplace, calm: Workplace, form: str) -> None:
     by_form = {("--config_file" in line): line for line in documented("bash")}
     (workplace.path / "accelerate.yaml").write_text(documented("yaml")[0])

@@ -17,6 +17,7 @@ from tests.distributed import cases, oracle
 from tests.distributed.pool import Pool
 from tests.distributed.test_accelerate import Launched
 from tests.distributed.test_parity import compare, overrides_of
+from tests.grid import grid, some
 from trainer.build import build_dispatcher, build_engine, build_model
 from trainer.config import RunConfig, parallel_dims
 from trainer.models.init import initialise
@@ -47,7 +48,9 @@ ENGINES: dict[str, tuple[list[str], list[str], int]] = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", some([*ENGINES], ["deepspeed 3, recomputed", "native, experts of two sizes"])
+)
 def test_rounds_compute_what_one_process_would(pool: Pool, engine: str) -> None:
     common, own, ep = ENGINES[engine]
     compare(Launched(pool), 4, common, [*own, *overrides_of(4, 1, ep)])
@@ -87,8 +90,7 @@ def whole_slice(piece: StateSlice) -> tuple[str, Tensor]:
     return piece.name, piece.tensor.clone()
 
 
-@pytest.mark.parametrize("recompute", ["false", "true"])
-@pytest.mark.parametrize("ep", [2, 4])
+@pytest.mark.parametrize(("ep", "recompute"), grid([2, 4], ["false", "true"]))
 def test_all_tokens_to_one_expert(pool: Pool, ep: int, recompute: str) -> None:
     """In rounds: the same losses, gradients and weights as at once; and no other bit when repeated."""
     common = ["layout=deepseek", "layout.top_k=1", "layout.renormalize=false", *overrides_of(4, 1, ep)]

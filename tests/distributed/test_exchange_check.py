@@ -223,6 +223,7 @@ def test_everyone_is_told_who_is_where_before_the_exchange(
         assert answer["reached"] == "[0, 1, 2]"
 
 
+@pytest.mark.long  # tests/chaos/test_hang.py sees that it is found
 def test_a_suspended_rank_is_named_in_the_log_of_the_others(workplace: Workplace) -> None:
     """Rank 0 waits for it in a collective that is no exchange, and knows all the same."""
     workplace.env["MUSTER_CHECK_EXCHANGES"] = "1"  # as after a hang; the config leaves it off

@@ -10,6 +10,7 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.oracle import run_oracle
 from tests.distributed.pool import Pool
+from tests.grid import grid
 from trainer.checkpoint.digest import combine
 from trainer.checkpoint.resume import newest_valid
 
@@ -34,14 +35,16 @@ def expected_losses(layout: str) -> list[float]:
     return run_oracle(config_of(layout, ONE), 3 * STEPS).losses
 
 
-@pytest.mark.parametrize("layout", ["mixtral", "deepseek"])
 @pytest.mark.parametrize(
-    "journey",
-    [(EP4, ONE, EP4), (EP4, EP2_DP2, EP4), (EP4, FSDP2, EP4), (HSDP, EP4, HSDP), (ONE, HSDP, FSDP2)],
+    ("layout", "journey"),
+    grid(
+        ["mixtral", "deepseek"],
+        [[EP4, ONE, EP4], [EP4, EP2_DP2, EP4], [EP4, FSDP2, EP4], [HSDP, EP4, HSDP], [ONE, HSDP, FSDP2]],
+    ),
     ids=str,
 )
 def test_training_goes_on_under_another_layout(
-    pool: Pool, tmp_path: Path, layout: str, journey: tuple[tuple[int, int, int], ...]
+    pool: Pool, tmp_path: Path, layout: str, journey: list[tuple[int, int, int]]
 ) -> None:
     losses: dict[int, float] = {}
     for leg, mesh in enumerate(journey):

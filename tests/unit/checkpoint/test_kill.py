@@ -16,7 +16,7 @@ from checkpoint_writer import save_for_ever, state_of
 from trainer.checkpoint.durable import remove_stale
 from trainer.checkpoint.resume import newest_valid
 
-ROUNDS = 12
+ROUNDS = 5
 
 
 def test_a_killed_writer_always_leaves_a_valid_newest_checkpoint(tmp_path: Path) -> None:

@@ -238,6 +238,7 @@ def test_dry_run_and_a_machine_without_slurm_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_verify_first_proves_before_anything_is_queued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
