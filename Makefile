@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-snapshot docs clean
+.PHONY: help setup train test test-all test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-every-step bench-snapshot docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ bench-saves: setup ## what asynchronous saves cost, Muster and DCP in turn, writ
 
 bench-guard: setup ## what the guards cost: steps with and without them in turn (ARGS="--rounds 40")
 	$(BIN)/python -m bench.guard $(ARGS)
+
+bench-every-step: setup ## what a snapshot after every step costs the quickstart, write bench/results/every_step.md
+	$(BIN)/python -m bench.every_step $(ARGS)
 
 bench-snapshot: setup ## the stall of a snapshot in memory beside a plain copy of the same bytes
 	$(BIN)/python -m bench.snapshot $(ARGS)

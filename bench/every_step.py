@@ -1,0 +1,136 @@
+"""What does it cost to protect every step? The quickstart with a snapshot in memory after each step, and without.
+
+    make bench-every-step [ARGS="--rounds 20"]
+
+Two ranks train side by side as `muster train experiment=quickstart` does. One callback turns snapshots of the
+running trainer on for a block of steps, off for the next, so that both see the same load of the machine; the
+checksum of a block's last snapshot, which is made behind the next step, is waited for within the block. Writes
+bench/results/every_step.md: median step of each, and the median over rounds of (on / off - 1) with the 95 %
+interval of that median (bootstrap).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from trainer.callbacks import Callback
+from trainer.environment import cpu_model
+
+if TYPE_CHECKING:
+    from trainer.data.batch import Batch
+    from trainer.loop import Trainer
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "bench" / "results" / "every_step.md"
+BLOCK = 5
+"""Steps."""
+WARM_UP = 2
+"""Blocks."""
+
+
+class Blocks(Callback):
+    """Blocks of steps with a snapshot each and blocks without, in turn; rank 0 writes the seconds of each block."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+        self.blocks: list[tuple[bool, float]] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._turn(trainer)
+
+    def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
+        if trainer.state.step and trainer.state.step % BLOCK == 0:
+            self._end(trainer)
+            self._turn(trainer)
+
+    def _turn(self, trainer: Trainer) -> None:
+        trainer.cadence.every = 1 - len(self.blocks) % 2
+        self.began = time.perf_counter()
+
+    def _end(self, trainer: Trainer) -> None:
+        assert trainer.memory is not None
+        trainer.memory.wait()
+        self.blocks.append((bool(trainer.cadence.every), time.perf_counter() - self.began))
+
+    def on_finish(self, trainer: Trainer) -> None:
+        if trainer.rank == 0:
+            self.file.write_text(json.dumps(self.blocks[WARM_UP:]))
+
+
+def measure(rounds: int) -> tuple[str, list[list[float]]]:
+    """The command's overrides, and (seconds a step with, without) of each round."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "blocks.json"
+        hook = f'callbacks=[{{target: "bench.every_step:Blocks", kwargs: {{file: "{file}"}}}}]'
+        asked = [
+            *(
+                "experiment=quickstart",
+                f"train.steps={BLOCK * (2 * rounds + WARM_UP) + 1}",
+                "checkpoint.every=0",
+            ),
+            *("checkpoint.memory_every=1", "eval.every=0", "logger.every=1000", "logger.terminal=off"),
+            "logger.wandb.mode=disabled",
+        ]
+        command = [
+            str(Path(sys.executable).parent / "muster"),
+            "train",
+            *asked,
+            f"run.root={folder}/runs",
+            hook,
+        ]
+        env = {**os.environ, "PYTHONPATH": str(REPO)}
+        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        blocks: list[Any] = json.loads(file.read_text())
+    seconds = [seconds / BLOCK for _, seconds in blocks]
+    assert [on for on, _ in blocks] == [True, False] * rounds
+    return " ".join(asked), [seconds[at : at + 2] for at in range(0, 2 * rounds, 2)]
+
+
+def interval(costs: list[float]) -> tuple[float, float]:
+    """95 % interval of their median."""
+    dice = random.Random(0)
+    medians = sorted(median(dice.choices(costs, k=len(costs))) for _ in range(2000))
+    return medians[50], medians[-51]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=20)
+    rounds = parser.parse_args().rounds
+    asked, pairs = measure(rounds)
+    costs = [with_ / without - 1 for with_, without in pairs]
+    low, high = interval(costs)
+    page = "\n".join(
+        [
+            "# A snapshot after every step\n",
+            f"{os.cpu_count()} cores of {cpu_model()}, {platform.system()}, {time.strftime('%Y-%m-%d')}, by",
+            f'`make bench-every-step ARGS="--rounds {rounds}"`, which ran `muster train {asked}`.\n',
+            "| step without | step with | cost, median of rounds | 95 % interval |",
+            "| --- | --- | --- | --- |",
+            f"| {median(without for _, without in pairs):.4f} s | {median(with_ for with_, _ in pairs):.4f} s | "
+            f"{100 * median(costs):+.2f} % | {100 * low:+.2f} to {100 * high:+.2f} % |",
+            "\nSeconds a step with and without, by round:\n",
+            "```text",
+            *(f"{with_:.4f} {without:.4f}" for with_, without in pairs),
+            "```\n",
+        ]
+    )
+    RESULTS.write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
