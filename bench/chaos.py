@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from trainer.environment import cpu_model
+from bench.here import RESULTS, measured
 
 REPO = Path(__file__).resolve().parent.parent
-RESULTS = REPO / "bench" / "results"
 STEPS_A_FAULT = 5
 MODEL = [
     *(
@@ -65,7 +61,7 @@ def command(name: str, faults: int, seed: int, nodes: int, gone: int) -> list[st
     return ["muster", "chaos", *MODEL, *own, steps, f"run.id={name}-{seed}", "run.resume=true"]
 
 
-def page(verdict: dict[str, Any], line: str, output: str) -> str:
+def page(verdict: dict[str, Any], head: str, line: str, output: str) -> str:
     """The result as Markdown."""
     total = verdict["recovery_seconds"]
     cells = {"faults": f"{verdict['survived']} of {verdict['planned']} survived"}
@@ -89,12 +85,11 @@ def page(verdict: dict[str, Any], line: str, output: str) -> str:
         f"{', '.join(sorted({f['instead_of'] or f['kind'] for f in faults}))} |"
         for name, faults in sorted(components.items(), key=lambda item: -len(item[1]))
     ]
-    machine = f"{os.cpu_count()} cores of {cpu_model()}, {platform.system()}"
     return "\n".join(
         [
             "# Llama 3's interruptions in one run\n",
-            f"{machine}, {time.strftime('%Y-%m-%d')}, CPU and gloo.",
-            f"\nBy `python -m bench.chaos`, which ran\n\n```text\n{line}\n```\n",
+            head,
+            f"CPU and gloo. It ran\n\n```text\n{line}\n```\n",
             "| | |\n| --- | --- |",
             *(f"| {name} | {value} |" for name, value in cells.items()),
             "\nWhat each kind is, and what is not real about it: docs/chaos.md.\n",
@@ -121,6 +116,7 @@ def main() -> None:
         ["llama3", str(given.faults or 419)] + ["nodes"] * bool(given.nodes) + ["gone"] * bool(given.gone)
     )
     words = command(name, given.faults, given.seed, given.nodes, given.gone)
+    head = measured(f"make chaos ARGS='{shlex.join(sys.argv[1:])}'")
     chaos = subprocess.Popen(
         [str(Path(sys.executable).parent / words[0]), *words[1:]],
         cwd=given.folder,
@@ -143,7 +139,7 @@ def main() -> None:
     verdict = json.loads(path.read_text())
     output = "".join(lines).replace(f"{given.folder}/", "")
     page_name = f"chaos_{name}".replace("-419", "").replace("-", "_")
-    (RESULTS / f"{page_name}.md").write_text(page(verdict, shlex.join(words), output))
+    (RESULTS / f"{page_name}.md").write_text(page(verdict, head, shlex.join(words), output))
     sys.exit(code)
 
 

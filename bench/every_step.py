@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -24,15 +23,14 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from bench.here import RESULTS, measured
 from trainer.callbacks import Callback
-from trainer.environment import cpu_model
 
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
     from trainer.loop import Trainer
 
 REPO = Path(__file__).resolve().parent.parent
-RESULTS = REPO / "bench" / "results" / "every_step.md"
 BLOCK = 5
 """Steps."""
 WARM_UP = 2
@@ -110,14 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
+    head = measured(f'make bench-every-step ARGS="--rounds {rounds}"')
     asked, pairs = measure(rounds)
     costs = [with_ / without - 1 for with_, without in pairs]
     low, high = interval(costs)
     page = "\n".join(
         [
             "# A snapshot after every step\n",
-            f"{os.cpu_count()} cores of {cpu_model()}, {platform.system()}, {time.strftime('%Y-%m-%d')}, by",
-            f'`make bench-every-step ARGS="--rounds {rounds}"`, which ran `muster train {asked}`.\n',
+            head,
+            f"It ran `muster train {asked}`.\n",
             "| step without | step with | cost, median of rounds | 95 % interval |",
             "| --- | --- | --- | --- |",
             f"| {median(without for _, without in pairs):.4f} s | {median(with_ for with_, _ in pairs):.4f} s | "
@@ -128,7 +127,7 @@ def main() -> None:
             "```\n",
         ]
     )
-    RESULTS.write_text(page)
+    (RESULTS / "every_step.md").write_text(page)
     print(page)
 
 

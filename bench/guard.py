@@ -3,8 +3,8 @@
     make bench-guard            (ARGS="--rounds 40")
 
 Two ranks train side by side as `muster train experiment=quickstart` does. One callback switches the guard of the
-running trainer on for some steps, off for the next, and times each: both see the same load of the machine. Prints a
-Markdown table with the median step of each setting, and the median over rounds of (on / off - 1).
+running trainer on for some steps, off for the next, and times each: both see the same load of the machine. Writes
+bench/results/guard.md: the median step of each setting, and the median over rounds of (on / off - 1).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from bench.here import RESULTS, measured
 from trainer.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -93,16 +94,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=40)
     rounds = parser.parse_args().rounds
-    print("| guard | step without | step with | cost, median of pairs |")
-    print("| --- | --- | --- | --- |")
+    lines = [
+        "# What the guards cost\n",
+        measured(f'make bench-guard ARGS="--rounds {rounds}"'),
+        "| guard | step without | step with | cost, median of pairs |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, setting in SETTINGS.items():
         steps = measure(setting, rounds)
         off, on = ([seconds for is_on, seconds in steps if is_on is wanted] for wanted in (False, True))
         pairs = [b / a - 1 for a, b in zip(off, on, strict=False)]
-        print(
-            f"| {name} | {median(off):.4f} s | {median(on):.4f} s | {100 * median(pairs):+.2f} % |",
-            flush=True,
-        )
+        cost = f"{100 * median(pairs):+.2f} %"
+        lines.append(f"| {name} | {median(off):.4f} s | {median(on):.4f} s | {cost} |")
+        print(lines[-1], flush=True)
+    (RESULTS / "guard.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

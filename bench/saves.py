@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -31,12 +30,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.here import RESULTS, measured
 from bench.recovery.plain import stager
 from bench.recovery.work import Work
-from bench.survival import BIN, REPO, RESULTS, freeze
+from bench.survival import BIN, REPO, freeze
 from parallel.engines.base import StateSlice
 from trainer.checkpoint.durable import DurableCheckpointer
-from trainer.environment import cpu_model
 
 STEPS = 20
 Saver = Callable[[int], Callable[[], None]]
@@ -146,7 +145,7 @@ def main() -> None:
     if args.worker:
         worker(args.config, args.worker, args.rounds)
     folder = Path(tempfile.mkdtemp(prefix="muster-saves-"))
-    load = os.getloadavg()[0]
+    head = measured(f"make bench-saves ARGS='{' '.join(sys.argv[1:])}'")
     try:
         config = freeze(folder, "model.dim=256", "model.ffn_dim=1024")
         for name in ("muster", "dcp"):
@@ -171,9 +170,8 @@ def main() -> None:
     lines = [
         "# What an asynchronous save takes from training",
         "",
-        f"{os.cpu_count()} cores of {cpu_model()}, {platform.system()}, {time.strftime('%Y-%m-%d')}, load "
-        f"{load:.1f} before. Command: `make bench-saves ARGS='{' '.join(sys.argv[1:])}'`. {size / 1e6:.0f} MB a "
-        f"save, two ranks, blocks of {STEPS} steps, {args.rounds} saves each, in turn.",
+        head,
+        f"{size / 1e6:.0f} MB a save, two ranks, blocks of {STEPS} steps, {args.rounds} saves each, in turn.",
         "",
         "| | training time lost a save, median (range), s | stall of the training thread, median, s |",
         "| --- | --- | --- |",

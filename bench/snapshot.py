@@ -2,8 +2,8 @@
 
     make bench-snapshot ARGS="--mib 256 --rounds 20"
 
-Both copies take turns in one process; medians. The checksum runs behind the stall, as in training, and is waited
-for outside of what is timed.
+Both copies take turns in one process. The checksum runs behind the stall, as in training, and is waited for outside
+of what is timed. Writes bench/results/snapshot.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 
+from bench.here import RESULTS, measured
 from parallel.engines.base import StateSlice
 from trainer.checkpoint.lease import Lease, memory_folder
 from trainer.checkpoint.memory import MemoryTier
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=256, help="size of the state")
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
+    head = measured(f'make bench-snapshot ARGS="--mib {arguments.mib} --rounds {arguments.rounds}"')
     torch.set_num_threads(1)
     size = (arguments.mib << 20) // (4 * _TENSORS)
     slices = [
@@ -54,9 +56,20 @@ def main() -> None:
                 stalls.append(memory.stall_seconds)
         memory.remove()
     stall, copy = median(stalls), median(copies)
-    print(
-        f"{arguments.mib} MiB: snapshot {stall * 1e3:.2f} ms, plain copy {copy * 1e3:.2f} ms, {stall / copy:.2f} ×"
-    )
+    lines = [
+        "# The stall of a snapshot in memory\n",
+        head,
+        "| state | snapshot | plain copy | snapshot / copy, median of rounds |",
+        "| --- | --- | --- | --- |",
+        f"| {arguments.mib} MiB | {stall * 1e3:.2f} ms | {copy * 1e3:.2f} ms | "
+        f"{median(a / b for a, b in zip(stalls, copies, strict=True)):.2f} |",
+        "\nMilliseconds by round:\n",
+        "```text",
+        *(f"{a * 1e3:.2f} {b * 1e3:.2f}" for a, b in zip(stalls, copies, strict=True)),
+        "```",
+    ]
+    (RESULTS / "snapshot.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ from typing import Any
 
 import psutil
 
+from bench.here import RESULTS
 from bench.recovery.progress import read
 from trainer.environment import cpu_model
 
 REPO = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-RESULTS = REPO / "bench" / "results"
+
 WARM_STEPS = 25
 PATIENCE_SECONDS = 150.0
 MODEL = [

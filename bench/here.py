@@ -1,0 +1,22 @@
+"""Where and when a result was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from trainer.environment import cpu_model
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def measured(command: str) -> str:
+    """Machine, versions, load of the last minute, date and command, for the head of a page."""
+    return (
+        f"{os.cpu_count()} cores of {cpu_model()} (shared), {platform.system()}, torch {torch.__version__}, load "
+        f"{os.getloadavg()[0]:.1f} before, {time.strftime('%Y-%m-%d')}:\n\n```bash\n{command}\n```\n"
+    )
