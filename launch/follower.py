@@ -171,7 +171,8 @@ class Follower:
         return Outcome(EXIT_STOPPED, "Stopped at once.") if self._stop.cause is not None else None
 
     def _is_lost(self) -> bool:
-        if not self.why_lost and self._link.lost is not None:
+        # What the leader said last still counts: it may have been that everyone leaves.
+        if not self.why_lost and self._link.lost is not None and not self._link.orders:
             self.why_lost = self._link.lost
             self.lost_since = time.time() - self._link.silent_seconds
         return bool(self.why_lost)
@@ -206,9 +207,10 @@ class Follower:
         if self._stop.cause is not None and self._status.stopping is None:
             self._say(f"{self._stop.cause}: saving, then stopping. Ctrl-C again stops at once.")
             self._status.stopping = self._stop.cause
-            self._deadline = time.monotonic() + _ANSWER_SECONDS
+            if self._group is None:  # else the leader answers when all is saved, however long that takes
+                self._deadline = time.monotonic() + _ANSWER_SECONDS
         self._link.tell(self._status)
-        if self._stop.now or (self._group is None and self._deadline and time.monotonic() > self._deadline):
+        if self._stop.now or (self._deadline is not None and time.monotonic() > self._deadline):
             return Outcome(EXIT_STOPPED, "Stopped at once.")
         return None
 
@@ -272,6 +274,7 @@ class Follower:
         plan = replace(plan, standby=self.standby)
         first, last = plan.first_rank, plan.first_rank + plan.num_workers - 1
         self._say(f"Node {rank}: ranks {first}-{last} of {run.path} start (generation {order.generation}).")
+        self._deadline = None
         self._group = WorkerGroup(plan, run.path, order.generation, order.check_exchanges)
         self._status.generation, self._status.failure = order.generation, None
         self._status.codes = self._group.codes()

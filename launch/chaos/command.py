@@ -84,7 +84,7 @@ def _why(verdict: dict[str, Any], chaos: Chaos) -> str:
     if not verdict["finished"]:
         return f"Not survived. The end of {chaos.log}:\n{chaos.tail()}"
     if not verdict["equal"]:
-        return f"Not equal: {verdict['first_difference']}"
+        return f"Not {'equal' if verdict['tolerance'] else 'identical'}: {verdict['first_difference']}"
     missing = verdict["planned"] - verdict["injected"]
     return f"Survived and equal, but {missing} of {verdict['planned']} faults never struck."
 

@@ -5,7 +5,7 @@ import pytest
 from tests.distributed.pool import Pool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     workers = Pool(4)
     yield workers

@@ -1,7 +1,7 @@
-"""A pool of real worker processes that lives for the whole test session.
+"""A pool of real worker processes.
 
-Each call runs one function on ranks 0 … world-1 of a fresh gloo process group; starting a process and
-importing torch is paid once.
+Each call runs one function on ranks 0 … world-1 of a fresh gloo process group. Workers are forked from a server
+that has imported torch: that is paid once, however many pools there are.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing as mp
+import os
 import sys
 import tempfile
 import threading
@@ -19,7 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_MAX_THREADS = 150
+_MAX_THREADS = 60
+"""A group of gloo that is never let go has a thread that wakes up 100 times a second: some hundreds of them take
+half a core from everyone."""
 
 
 def _serve(rank: int, connection: Connection, store_path: str) -> None:
@@ -28,9 +31,7 @@ def _serve(rank: int, connection: Connection, store_path: str) -> None:
 
     from trainer.process import die_with_parent
 
-    parent = mp.parent_process()
-    assert parent is not None and parent.pid is not None
-    die_with_parent(parent.pid)
+    die_with_parent(os.getppid())  # the server, which goes with the tests
     torch.set_num_threads(1)
     num_modules = 0
     while True:
@@ -73,7 +74,8 @@ class Pool:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.cases"])
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(self._size):

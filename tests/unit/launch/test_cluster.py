@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from rich.console import Console
 
 from launch.agent import Incomplete
 from launch.charge import Deposed
 from launch.cluster import Cluster
 from launch.control import Hello, Link, Order, Status
 from launch.failure import Failure
+from launch.follower import Follower
 from launch.outcome import Outcome
 from parallel.errors import ConfigError
 from trainer.config import Device, Machine, RunConfig, resolve
@@ -180,6 +182,17 @@ def test_node_0_that_dies_is_noticed(nodes: Nodes) -> None:
     link = nodes.join("b")
     del nodes.store
     until(lambda: link.lost is not None)
+
+
+def test_the_last_word_of_node_0_counts_though_it_is_gone(nodes: Nodes) -> None:
+    cluster = nodes.lead(2)
+    link = nodes.join("b")
+    cluster.gather()
+    cluster.order("leave", ranks={str(link.id): -1}, code=75, message="Stopped and saved.")
+    until(lambda: link.orders)
+    del nodes.store, cluster
+    until(lambda: link.lost is not None)
+    assert Follower(link, ("a", 1), Console()).run() == Outcome(75, "Stopped and saved.")
 
 
 def begun(cluster: Cluster, nodes: Nodes, folder: Path) -> Callable[[], list[tuple[str, str]]]:
