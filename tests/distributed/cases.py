@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from parallel.errors import ConfigError
 from parallel.mesh import build_meshes
+from tests.configs import composed
 from tests.distributed import oracle
 from trainer.build import build_dispatcher, build_engine, build_model
 from trainer.checkpoint.digest import weights_digest
@@ -50,9 +51,7 @@ SMALL = [
 
 def small_config(*overrides: str) -> RunConfig:
     """A complete config of a few thousand parameters."""
-    from trainer.compose import compose
-
-    config = resolve(compose([*SMALL, *overrides]), Machine(num_cpus=2))
+    config = resolve(composed(*SMALL, *overrides), Machine(num_cpus=2))
     validate(config)
     return config
 

@@ -75,7 +75,7 @@ class Pool:
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.distributed.cases"])
+        context.set_forkserver_preload(["tests.distributed.preload"])
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(self._size):

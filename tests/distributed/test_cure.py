@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from parallel.engines.base import StateSlice
+from tests.configs import composed
 from tests.distributed import cure_cases
 from tests.distributed.pool import Pool
 from trainer.checkpoint.resume import open_checkpoint
-from trainer.compose import compose
 from trainer.config import CallbackConfig, Machine, resolve
 from trainer.rules import validate
 
@@ -47,7 +47,7 @@ class Run:
 
     def train(self, overrides: list[str], hooks: list[CallbackConfig], generation: int = 0) -> list[Any]:
         paths = [f"data.path={self.corpus}", f"data.cache_dir={self.corpus.parent / 'cache'}"]
-        config = resolve(compose([*SMALL, *paths, *overrides]), Machine(num_cpus=2))
+        config = resolve(composed(*SMALL, *paths, *overrides), Machine(num_cpus=2))
         config.callbacks = hooks
         validate(config)
         world = config.launcher.nproc_per_node

@@ -15,6 +15,7 @@ from rich.console import Console
 from launch.verify import EXIT_NOT_EQUAL, _prepare, main, verify
 from parallel.errors import ConfigError
 from tests.command import MUSTER, REPO, Workplace
+from tests.configs import composed
 from tests.distributed import cases
 from tests.distributed.mutations import MUTATIONS
 from tests.distributed.pool import Pool
@@ -32,10 +33,9 @@ DATA = ["train.global_batch=16", "train.micro_batch=2"]
 
 
 def asked_config(tmp_path: Path, overrides: list[str]) -> RunConfig:
-    from trainer.compose import compose
 
     root = [f"run.root={tmp_path}", "run.name=proof"]
-    return resolve(compose([*DATA, *overrides, *root]), Machine(num_cpus=2))
+    return resolve(composed(*DATA, *overrides, *root), Machine(num_cpus=2))
 
 
 def prove(pool: Pool, tmp_path: Path, overrides: list[str], mutation: str | None) -> list[Check]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from parallel.errors import ConfigError
+from tests.configs import composed
 from trainer.build import Inference, build_model
-from trainer.compose import compose
 from trainer.config import Machine, RunConfig, resolve
 from trainer.data.sources import draw
 from trainer.data.tokenizer import TextTokenizer
@@ -39,7 +39,7 @@ def tokenizer() -> TextTokenizer:
 def config_of(*overrides: str) -> RunConfig:
     sizes = ["model.dim=32", "model.num_layers=2", "model.ffn_dim=48", "model.init_std=0.2", "device=cpu"]
     batch = [f"train.seq_len={CONTEXT}", "train.micro_batch=2", "train.global_batch=2"]
-    return resolve(compose([*sizes, *batch, "model.vocab_size=280", *overrides]), Machine(num_cpus=1))
+    return resolve(composed(*sizes, *batch, "model.vocab_size=280", *overrides), Machine(num_cpus=1))
 
 
 def small_model(config: RunConfig) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from parallel.errors import ConfigError
+from tests.configs import composed
 from trainer.build import build_model
-from trainer.compose import compose
 from trainer.config import Machine, resolve
 from trainer.config_moe import LayoutConfig
 from trainer.draws import Sampling, choose, prompt_keys, uniform
@@ -27,7 +27,7 @@ PROMPTS = [[1, 2, 3], [5] * 9, [7, 8], [3, 1, 4, 1, 5], [7, 8]]
 def small_model(*overrides: str) -> nn.Module:
     torch.set_num_threads(1)
     sizes = ["model.dim=32", "model.num_layers=2", "model.ffn_dim=48", "model.init_std=0.2"]
-    config = resolve(compose([*sizes, "data.tokenizer.vocab_size=264", *overrides]), Machine(num_cpus=1))
+    config = resolve(composed(*sizes, "data.tokenizer.vocab_size=264", *overrides), Machine(num_cpus=1))
     model = build_model(config, LocalDispatcher()).to_empty(device=CPU)
     initialise(model, whole_state(model), seed=0)
     fill_buffers(model)

@@ -7,7 +7,6 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,16 @@ import pytest
 from launch.chaos.draw import STEPS_APART, apportion, draw, plan
 from launch.chaos.table import Row, read_table
 from parallel.errors import ConfigError
-from trainer.compose import apply_overrides, compose
+from tests.configs import composed
 from trainer.config import Machine, RunConfig, resolve
 from trainer.faults.kinds import KINDS, POINTS, Fault, read_schedule, write_schedule
 from trainer.faults.strikes import STRIKES
 
 
-@cache
-def composed(group: str) -> RunConfig:
-    two = ["device=cpu", "launcher.nproc_per_node=2", "parallel.ep=2", "checkpoint.every=4"]
-    return resolve(compose([*two, group]), Machine(num_cpus=2))
-
-
 def config(*overrides: str) -> RunConfig:
-    """Two ranks, with the cluster that is named among the overrides."""
-    group = next((override for override in overrides if override.startswith("cluster=")), "cluster=none")
-    return apply_overrides(composed(group), [override for override in overrides if override != group])
+    """Two ranks."""
+    two = ["device=cpu", "launcher.nproc_per_node=2", "parallel.ep=2", "checkpoint.every=4"]
+    return resolve(composed(*two, *overrides), Machine(num_cpus=2))
 
 
 @pytest.fixture(scope="module")

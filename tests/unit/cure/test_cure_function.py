@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.cure import forced_rows
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import StateSlice, whole_state
-from trainer.compose import compose
+from tests.configs import composed
 from trainer.config import Machine, resolve
 from trainer.moe.layer import MoeLayer
 from trainer.moe.positions import Positions
@@ -47,7 +47,7 @@ def revived(
     """Outputs before and after of a layer that uses its first 2·k experts only, the weight that a token's first
     choice had, and the loads before and after."""
     config = resolve(
-        compose(["device=cpu", f"model.dim={DIM}", f"model.ffn_dim={DIM}", *overrides]), Machine(2)
+        composed("device=cpu", f"model.dim={DIM}", f"model.ffn_dim={DIM}", *overrides), Machine(2)
     )
     torch.manual_seed(0)
     layer = MoeLayer(config, LocalDispatcher())

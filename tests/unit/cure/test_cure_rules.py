@@ -7,7 +7,7 @@ import re
 import pytest
 
 from parallel.errors import ConfigError
-from trainer.compose import compose
+from tests.configs import composed
 from trainer.config import Machine, RunConfig, resolve
 from trainer.cure.rules import enabled
 from trainer.proof.shrink import shrink
@@ -15,7 +15,7 @@ from trainer.rules import validate
 
 
 def checked(*overrides: str) -> RunConfig:
-    config = resolve(compose(["device=cpu", *overrides]), Machine(num_cpus=2))
+    config = resolve(composed("device=cpu", *overrides), Machine(num_cpus=2))
     validate(config)
     return config
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import ConfigError
+from tests.configs import composed
 from trainer.compose import compose, freeze, load_frozen
 from trainer.config import Machine, resolve
 from trainer.rules import validate
@@ -35,7 +36,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("overrides", "said"), MISTAKES, ids=[overrides for overrides, _ in MISTAKES])
 def test_mistakes_are_told(overrides: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        validate(resolve(compose(["device=cpu", *overrides.split()]), Machine(num_cpus=2)))
+        validate(resolve(composed("device=cpu", *overrides.split()), Machine(num_cpus=2)))
 
 
 def test_a_trace_is_found_from_any_folder(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from interop_helpers import tokenizer
 from launch.convert import export, import_
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
+from tests.configs import composed
 from trainer.build import build_model
 from trainer.checkpoint.durable import DurableCheckpointer
 from trainer.checkpoint.resume import open_checkpoint
-from trainer.compose import compose
 from trainer.config import Machine, RunConfig, resolve
 from trainer.models.init import initialise
 from trainer.rules import validate
@@ -49,7 +49,7 @@ RUNS: dict[str, list[str]] = {
 
 def make_run(path: Path, overrides: list[str]) -> RunConfig:
     """A run directory with a checkpoint of fresh weights and what surrounds it."""
-    config = resolve(compose([*SMALL, *overrides]), Machine(num_cpus=1))
+    config = resolve(composed(*SMALL, *overrides), Machine(num_cpus=1))
     validate(config)
     model = build_model(config, LocalDispatcher()).to_empty(device="cpu")
     initialise(model, whole_state(model), seed=1)

@@ -7,7 +7,7 @@ import pytest
 from launch.relayout import relayout
 from parallel.dims import ParallelDims
 from parallel.errors import ConfigError
-from trainer.compose import compose
+from tests.configs import composed
 from trainer.config import Machine, RunConfig, parallel_dims, resolve
 from trainer.rules import validate
 
@@ -15,7 +15,7 @@ from trainer.rules import validate
 def configs(*overrides: str) -> tuple[RunConfig, RunConfig]:
     """What was asked for, and its full layout."""
     small = ["model.dim=48", "model.num_heads=4", "model.ffn_dim=96"]
-    asked = compose(["device=cpu", "train.num_threads=1", *small, *overrides])
+    asked = composed("device=cpu", "train.num_threads=1", *small, *overrides)
     full = resolve(asked, Machine(num_cpus=2))
     validate(full)
     return asked, full

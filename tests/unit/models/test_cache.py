@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from launch.convert import import_
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
+from tests.configs import composed
 from tests.unit.interop.interop_helpers import make
 from trainer.build import build_model, load_for_inference
 from trainer.checkpoint.resume import open_checkpoint
-from trainer.compose import compose, load_frozen
+from trainer.compose import load_frozen
 from trainer.config import Machine, resolve
 from trainer.draws import Sampling
 from trainer.generation import complete, dropless
@@ -41,7 +42,7 @@ MLA = [
 
 def small_model(*overrides: str) -> nn.Module:
     torch.set_num_threads(1)
-    config = resolve(compose([*SMALL, *overrides]), Machine(num_cpus=1))
+    config = resolve(composed(*SMALL, *overrides), Machine(num_cpus=1))
     model = build_model(config, LocalDispatcher()).to_empty(device=CPU)
     initialise(model, whole_state(model), seed=0)
     fill_buffers(model)

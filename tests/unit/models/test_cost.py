@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
+from tests.configs import composed
 from trainer.build import build_model
-from trainer.compose import CONF_DIR, compose
+from trainer.compose import CONF_DIR
 from trainer.config import Machine, RunConfig, resolve
 from trainer.config_moe import LayoutConfig, RouterName
 from trainer.models.cost import (
@@ -55,7 +56,7 @@ SMALL = [
 @cache
 def config_of(*overrides: str) -> RunConfig:
     """A small one whose rows are long enough for an even choice to exist."""
-    asked = compose([*SMALL, *overrides])
+    asked = composed(*SMALL, *overrides)
     asked.train.seq_len = 2 * max(8, num_choosable(asked.layout))
     config = resolve(asked, Machine(num_cpus=1))
     validate(config)

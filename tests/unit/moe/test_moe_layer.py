@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.dispatch.local import LocalDispatcher
-from trainer.compose import compose
+from tests.configs import composed
 from trainer.config import Machine, RunConfig, resolve
 from trainer.config_moe import BiasUpdate
 from trainer.moe.balance import balance_loss, entropy, load_fraction, router_z, row_counts, update_bias_
@@ -21,7 +21,7 @@ from trainer.moe.router import Router
 
 def config_of(*overrides: str) -> RunConfig:
     small = ["model.dim=16", "model.ffn_dim=24", "layout.num_experts=8"]
-    return resolve(compose([*small, *overrides]), Machine(num_cpus=1))
+    return resolve(composed(*small, *overrides), Machine(num_cpus=1))
 
 
 def counted(*shape: int) -> Positions:

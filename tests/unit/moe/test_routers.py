@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from parallel.dispatch.local import LocalDispatcher
+from tests.configs import composed
 from tests.unit.moe import reference
-from trainer.compose import compose
 from trainer.config import Machine, RunConfig, parallel_dims, resolve
 from trainer.moe import choice
 from trainer.moe.layer import MoeLayer
@@ -55,7 +55,7 @@ BATCH, LENGTH = 2, 9
 
 
 def config_of(*overrides: str) -> RunConfig:
-    config = resolve(compose([*SMALL, *overrides]), Machine(num_cpus=1))
+    config = resolve(composed(*SMALL, *overrides), Machine(num_cpus=1))
     validate(config)
     return config
 
