@@ -77,13 +77,13 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
         _report(error.kind, str(error), EXIT_CONFIG, **more, evidence=error.relation)
         if first_to_speak():
             _say(f"muster: {error}")
-        _tell(watchdog, str(error))
+        _tell(watchdog, str(error), is_said=True)
         _leave(EXIT_CONFIG)
     except FatalError as error:
         _report(error.kind, error.cause, EXIT_GAVE_UP, rank=error.rank, host=error.host)
         if first_to_speak():
             _say(f"muster: {error}")
-        _tell(watchdog, str(error))
+        _tell(watchdog, str(error), is_said=True)
         _leave(EXIT_GAVE_UP)
     except BaseException as error:
         _say("".join(traceback.format_exception(error)).rstrip())
@@ -130,10 +130,10 @@ def _report(kind: str, cause: str, exit_code: int, **known: object) -> None:
         Path(path).write_text(json.dumps(report) + "\n")
 
 
-def _tell(watchdog: Watchdog | None, cause: str) -> None:
+def _tell(watchdog: Watchdog | None, cause: str, is_said: bool = False) -> None:
     """Without an agent, have the others leave, too: a connection that breaks reaches only neighbours."""
     if watchdog is not None:
-        watchdog.tell(cause)
+        watchdog.tell(cause, is_said)
 
 
 def _say(text: str) -> None:

@@ -59,19 +59,25 @@ class Watchdog:
         self._looked = now
         try:
             if self._store.check([_KEY]):
-                _leave(f"rank {self._rank} leaves: {json.loads(self._store.get(_KEY))}")
+                told = json.loads(self._store.get(_KEY))
+                _leave("" if told["is_said"] else f"rank {self._rank} leaves: {told['cause']}")
         except RuntimeError:
             # Its host has gone: at the end of a run it may be the first to leave; before, that is a failure.
             if PHASES[vitals.phase] != "finish":
                 _leave(f"rank {self._rank} leaves: the process that hosts the store has ended")
 
-    def tell(self, cause: str) -> None:
-        """Have the others leave, too. Never raises: the store's host may be gone."""
+    def tell(self, cause: str, is_said: bool = False) -> None:
+        """Have the others leave, too. Never raises: the store's host may be gone.
+
+        Args:
+            is_said: on the terminal, once for all; the others leave without a word.
+        """
         with suppress(RuntimeError):
-            self._store.compare_set(_KEY, "", json.dumps(cause))
+            self._store.compare_set(_KEY, "", json.dumps({"cause": cause, "is_said": is_said}))
 
 
 def _leave(cause: str) -> NoReturn:
-    with suppress(OSError):
-        print(f"muster: {cause}", file=sys.stderr, flush=True)
+    if cause:
+        with suppress(OSError):
+            print(f"muster: {cause}", file=sys.stderr, flush=True)
     os._exit(_EXIT)

@@ -8,6 +8,7 @@ import sys
 import torch.distributed as dist
 
 from tests.command import REPO
+from trainer.watchdog import Watchdog
 
 WORKER = """
 import sys, threading, time
@@ -46,6 +47,14 @@ def test_a_worker_leaves_with_a_failed_peer_or_alone() -> None:
     output, _ = waiting.communicate(timeout=600)
     assert waiting.returncode == 1
     assert "rank 1 leaves: rank 1 on" in output and "does not get on" in output
+
+
+def test_what_was_said_for_all_is_not_said_again() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    waiting = start(store.port)
+    Watchdog(dist.PrefixStore("launch", store), 0).tell("a mistake in the config", is_said=True)
+    output, _ = waiting.communicate(timeout=600)
+    assert (waiting.returncode, output) == (1, "")
 
 
 def test_a_worker_leaves_with_the_host_of_the_store() -> None:
