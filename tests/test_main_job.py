@@ -1,4 +1,4 @@
-"""The main job as a newcomer runs it: `muster train experiment=quickstart`, all of it."""
+"""The main job as a newcomer runs it: `muster train experiment=quickstart`, half of it or (long) all."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import re
 import pytest
 
 from tests.command import MUSTER, Workplace
+from tests.grid import some
 
 
-def test_quickstart_learns_and_leaves_everything_a_user_was_promised(workplace: Workplace) -> None:
-    output = workplace.run(MUSTER, "train", "experiment=quickstart", "run.id=main")
+@pytest.mark.parametrize("fewer", some([["train.steps=80"], []], [["train.steps=80"]]), ids=["half", "all"])
+def test_quickstart_learns_and_leaves_everything_a_user_was_promised(
+    workplace: Workplace, fewer: list[str]
+) -> None:
+    output = workplace.run(MUSTER, "train", "experiment=quickstart", "run.id=main", *fewer)
     run_dir = workplace.path / "runs" / "quickstart" / "main"
     finish = workplace.events("finish", run_dir)[-1]
 
