@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bench import quickstart
 from bench.here import RESULTS, measured
 from trainer.callbacks import Callback
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
     from trainer.data.batch import Batch
     from trainer.loop import Trainer
 
-REPO = Path(__file__).resolve().parent.parent
 BLOCK = 5
 """Steps."""
 WARM_UP = 2
@@ -70,41 +66,16 @@ class Blocks(Callback):
             self.file.write_text(json.dumps(self.blocks[WARM_UP:]))
 
 
-def measure(rounds: int) -> tuple[str, dict[str, list[list[float]]]]:
+def measure(rounds: int) -> tuple[list[str], dict[str, list[list[float]]]]:
     """The command's overrides, and by clock the (seconds a step with, without) of each round."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "blocks.json"
-        hook = f'callbacks=[{{target: "bench.every_step:Blocks", kwargs: {{file: "{file}"}}}}]'
-        asked = [
-            *(
-                "experiment=quickstart",
-                f"train.steps={BLOCK * (2 * rounds + WARM_UP) + 1}",
-                "checkpoint.every=0",
-            ),
-            *("checkpoint.memory_every=1", "eval.every=0", "logger.every=1000", "logger.terminal=off"),
-            "logger.wandb.mode=disabled",
-        ]
-        command = [
-            str(Path(sys.executable).parent / "muster"),
-            "train",
-            *asked,
-            f"run.root={folder}/runs",
-            hook,
-        ]
-        env = {**os.environ, "PYTHONPATH": str(REPO)}
-        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
-        blocks: list[Any] = json.loads(file.read_text())
+    overrides = [f"train.steps={BLOCK * (2 * rounds + WARM_UP) + 1}", "checkpoint.memory_every=1"]
+    blocks = quickstart.run("bench.every_step:Blocks", *overrides)
     assert [on for on, *_ in blocks] == [True, False] * rounds
     by_clock = {}
-    for name, values in (
-        ("wall", [wall for _, wall, _ in blocks]),
-        ("processor", [cpu for *_, cpu in blocks]),
-    ):
-        steps = [value / BLOCK for value in values]
+    for name, at in (("wall", 1), ("processor", 2)):
+        steps = [block[at] / BLOCK for block in blocks]
         by_clock[name] = [steps[at : at + 2] for at in range(0, 2 * rounds, 2)]
-    return " ".join(asked), by_clock
+    return [*quickstart.QUIET, *overrides], by_clock
 
 
 def interval(costs: list[float]) -> tuple[float, float]:
@@ -123,7 +94,7 @@ def main() -> None:
     lines = [
         "# A snapshot after every step\n",
         head,
-        f"It ran `muster train {asked}`.\n",
+        f"It ran `muster train {' '.join(asked)}`.\n",
         "| time | step without | step with | cost, median of rounds | 95 % interval |",
         "| --- | --- | --- | --- | --- |",
     ]

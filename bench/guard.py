@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bench import quickstart
 from bench.here import RESULTS, measured
 from trainer.callbacks import Callback
 
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from trainer.data.batch import Batch
     from trainer.loop import Trainer
 
-REPO = Path(__file__).resolve().parent.parent
 WARM_UP = 6
 
 
@@ -60,25 +56,8 @@ class Alternate(Callback):
 
 def measure(setting: list[str], rounds: int) -> list[tuple[bool, float]]:
     """(on, seconds) of each step of a run with the guard set so."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "times.json"
-        hook = f'callbacks=[{{target: "bench.guard:Alternate", kwargs: {{file: "{file}"}}}}]'
-        command = [
-            str(Path(sys.executable).parent / "muster"),
-            "train",
-            "experiment=quickstart",
-            f"run.root={folder}/runs",
-            f"train.steps={2 * rounds + WARM_UP}",
-            *("checkpoint.every=0", "eval.every=0", "logger.every=1000", "logger.wandb.mode=disabled"),
-            *("logger.terminal=off", "checkpoint.memory_every=0"),
-            *setting,
-            hook,
-        ]
-        env = {**os.environ, "PYTHONPATH": str(REPO)}
-        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
-        found: list[Any] = json.loads(file.read_text())
+    overrides = [f"train.steps={2 * rounds + WARM_UP}", "checkpoint.memory_every=0", *setting]
+    found = quickstart.run("bench.guard:Alternate", *overrides)
     return [(bool(on), float(seconds)) for on, seconds in found]
 
 

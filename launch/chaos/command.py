@@ -123,7 +123,6 @@ class Chaos:
         self.began = time.time()
         self.commands = Commands(self.log, made)
         self.num_commands = 0
-        self._told: set[int] = set()
         self._keep_schedule()
 
     def _keep_schedule(self) -> None:
@@ -137,7 +136,10 @@ class Chaos:
                 "the same chaos.*, or a new run.id",
             )
         write_schedule(self.faults, path)
-        self._told = set(read_marks(self.folder))
+        marks = read_marks(self.folder)
+        self._told = set(marks)
+        lost = {marks[index]["host"] for index in marks if self.faults[index].kind == "node-gone"}
+        self.commands.hosts = [host for host in self.commands.hosts if host.name not in lost]
 
     def reference(self) -> Path:
         """The directory of the undisturbed run; trains it if need be.

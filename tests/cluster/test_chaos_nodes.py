@@ -1,28 +1,22 @@
-"""`muster chaos` on nodes of their own network: one is lost with its memory, one link goes down for a while."""
+"""`muster chaos` on nodes of their own network: some are lost with their memory, one link goes down for a while."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from tests.chaos.test_chaos_command import chaos, verdict
+from tests.chaos.test_chaos_command import chaos, verdict, write_schedule
 from tests.cluster.hosts import need
 from tests.command import Workplace
 from tests.commands.watch import assert_nothing_left
+
+NODES = ["launcher.nproc_per_node=1", "resilience.node_timeout_seconds=5"]
 
 
 @pytest.mark.long
 def test_a_lost_node_and_a_link_that_comes_back(workplace: Workplace) -> None:
     need("ip", "unshare")
-    schedule = workplace.path / "schedule.jsonl"
-    faults = [
-        {"step": 5, "rank": 1, "kind": "node-lost", "point": "backward"},
-        {"step": 11, "rank": 0, "kind": "link-flap", "point": "forward"},
-    ]
-    schedule.write_text("".join(json.dumps(fault) + "\n" for fault in faults))
-    nodes = ["chaos.nodes=2", "launcher.nproc_per_node=1", "resilience.node_timeout_seconds=5"]
-    chaos(workplace, *nodes, "train.steps=16", f"chaos.schedule={schedule}")
+    schedule = write_schedule(workplace, (5, 1, "node-lost", "backward"), (11, 0, "link-flap", "forward"))
+    chaos(workplace, *NODES, "chaos.nodes=2", "train.steps=16", f"chaos.schedule={schedule}")
     found = verdict(workplace, "a")
     assert (found["injected"], found["survived"], found["bit_identical"]) == (2, 2, True)
     assert (found["faults"][0]["detected"], found["commands"]) == ("node-lost", 1)
@@ -33,21 +27,20 @@ def test_a_lost_node_and_a_link_that_comes_back(workplace: Workplace) -> None:
 def test_nodes_that_do_not_come_back(workplace: Workplace) -> None:
     """Three nodes become two; a fault that ends the command comes after it, so the two begin alone."""
     need("ip", "unshare")
-    schedule = workplace.path / "schedule.jsonl"
-    faults = [
-        {"step": 4, "rank": 0, "kind": "node-gone", "point": "backward"},
-        {"step": 9, "rank": 1, "kind": "kill", "point": "forward"},
-        {"step": 13, "rank": 1, "kind": "preempt", "point": "forward"},
-    ]
-    schedule.write_text("".join(json.dumps(fault) + "\n" for fault in faults))
-    nodes = [
-        "chaos.nodes=3",
-        "launcher.nproc_per_node=1",
-        "parallel.ep=1",
-        "resilience.node_timeout_seconds=5",
-    ]
-    waits = ["launcher.rejoin_seconds=1", "launcher.join_timeout_seconds=20", "train.global_batch=6"]
-    output = chaos(workplace, *nodes, *waits, "train.steps=20", f"chaos.schedule={schedule}")
+    schedule = write_schedule(
+        workplace, (4, 0, "node-gone", "backward"), (9, 1, "kill", "forward"), (13, 1, "preempt", "forward")
+    )
+    waits = ["launcher.rejoin_seconds=1", "launcher.join_timeout_seconds=20"]
+    layout = ["chaos.nodes=3", "parallel.ep=1", "parallel.dp_shard=1", "parallel.dp_replicate=3"]
+    output = chaos(
+        workplace,
+        *NODES,
+        *waits,
+        *layout,
+        "train.global_batch=6",
+        "train.steps=20",
+        f"chaos.schedule={schedule}",
+    )
     found = verdict(workplace, "a")
     assert (found["injected"], found["survived"], found["equal"], found["commands"]) == (3, 3, True, 2)
     assert found["faults"][0]["detected"] == "node-lost" and "losses differ by up to" in output
