@@ -27,12 +27,14 @@ def test_a_held_interpreter_is_not_freed_by_being_asked_for_its_stacks(tmp_path:
         process = subprocess.Popen([sys.executable, "-c", HELD], stderr=output)
     try:
         wait_until(lambda: "ready" in log.read_text(), "the fault")
-        for times in range(1, 5):
+
+        def stacks() -> int:
+            # One signal is lost while the one before is answered, so as many as it takes.
             process.send_signal(STACKS_SIGNAL)
-            wait_until(
-                lambda times=times: log.read_text().count("most recent call first") == times, "its stacks"
-            )
-            assert process.poll() is None
+            return log.read_text().count("most recent call first")
+
+        wait_until(lambda: stacks() >= 4, "its stacks")
+        assert process.poll() is None
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
