@@ -3,6 +3,8 @@
     training thread   copy into the oldest slot ─┐ returns
     sealing thread                               └ checksum → header → the peer tier (trainer/checkpoint/peer.py)
 
+On a CPU the checksum is made of what is copied as it is copied, which is less work than to read it again.
+
 No collective is issued. A snapshot counts once its header is sealed; which one all ranks have is found at the next
 start (trainer/checkpoint/vote.py). With three slots there is always a common one: while a rank overwrites its
 oldest, the others are at most one snapshot behind, and everyone has sealed the one before that.
@@ -26,7 +28,7 @@ from parallel.engines.base import StateSlice
 from parallel.errors import ConfigError
 from trainer import faults
 from trainer.checkpoint.lease import Lease
-from trainer.checkpoint.slots import Header, Plan, Slot, keys_of, make_plan
+from trainer.checkpoint.slots import Header, Plan, Slot, Sums, keys_of, make_plan
 from trainer.checkpoint.timeline import Timelines
 from trainer.checkpoint.vote import Snapshot
 
@@ -119,8 +121,7 @@ class MemoryTier:
         if on_sealed is not None:
             self._sent = [*self._sent[-1:], step]
         sources = [*(piece.tensor for piece in slices), *rank_tensors.values()]
-        # One call: for hundreds of small tensors Python costs more than the copies.
-        torch._foreach_copy_(slot.views(plan), sources, non_blocking=True)
+        sums = slot.fill(plan, sources)
         text = json.dumps(state, separators=(",", ":")).encode()
         header = Header(
             timelines.run, self.rank, self.world_size, plan.layout, self.generation, timelines.current, step,
@@ -128,7 +129,7 @@ class MemoryTier:
         )  # fmt: skip
         if any(source.is_cuda for source in sources):
             torch.cuda.current_stream().synchronize()
-        self._sealing = self._sealer.submit(self._seal, slot, header, plan.table, text, on_sealed)
+        self._sealing = self._sealer.submit(self._seal, slot, header, sums, plan.table, text, on_sealed)
         self.stall_seconds = time.perf_counter() - began
 
     def _next_slot(self, timelines: Timelines) -> Slot:
@@ -147,11 +148,17 @@ class MemoryTier:
             time.sleep(0.001)  # every slot is being sent: only with slots fewer than senders
 
     def _seal(
-        self, slot: Slot, header: Header, table: bytes, text: bytes, on_sealed: Callable[[Slot], None] | None
+        self,
+        slot: Slot,
+        header: Header,
+        sums: Sums,
+        table: bytes,
+        text: bytes,
+        on_sealed: Callable[[Slot], None] | None,
     ) -> None:
         faults.reach("snapshot", header.step)
         slot.write_texts(header, table, text)
-        slot.seal(replace(header, checksum=slot.checksum(header)))
+        slot.seal(replace(header, checksum=slot.checksum(header, sums)))
         self.lease.touch()
         if on_sealed is not None:
             on_sealed(slot)

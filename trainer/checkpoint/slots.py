@@ -4,9 +4,12 @@
     4096   tensors, each at a multiple of 64 bytes, at the same places in every snapshot
     …      table (JSON: key, dtype, shape, place of each tensor), then the trainer's state (JSON)
 
-The header is written last and holds the xxh3_128 of everything behind it. A slot without a valid header does not
+The header is written last and holds a checksum of everything behind it. A slot without a valid header does not
 exist for anyone. Pages are reserved when the file is made, so that a full memory mount is an error there and not a
 SIGBUS in the middle of a copy.
+
+The checksum is the xxh3_128 of the CRC-32 of each 8 MiB. Processors have instructions for a CRC, so it costs the
+reading, and what a CPU copies is summed piece by piece while it is in the cache: nothing is read twice.
 """
 
 from __future__ import annotations
@@ -19,18 +22,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from parallel.engines.base import StateSlice
 from trainer.checkpoint.shards import DTYPE_NAMES, DTYPES
 from trainer.checkpoint.vote import Snapshot
 
-FORMAT = "muster-slot-1"
+FORMAT = "muster-slot-2"
 HEADER_BYTES = 4096
 _ALIGN = 64
 _BLOCK = 8 << 20
+_PIECE = 512 << 10  # stays in a core's cache between the copy and the sum
 _STATE_ROOM = 1 << 16
 
 
@@ -43,7 +49,7 @@ class Header:
         rank, world_size: whose state it is.
         layout: fingerprint of the tensors and their places in the model.
         generation: launch that wrote it.
-        checksum: xxh3_128 of the tensors, the table and the state.
+        checksum: of the tensors, the table and the state (:class:`Sums`).
     """
 
     run: str
@@ -133,6 +139,34 @@ def make_plan(slices: Sequence[StateSlice], rank_tensors: Mapping[str, Tensor], 
     return Plan(entries, position, table, fingerprint)
 
 
+class Sums:
+    """The checksum of a slot, while its bytes come.
+
+    Attributes:
+        size: bytes seen.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._done: list[int] = []
+        self._open = 0
+
+    def update(self, data: memoryview) -> None:
+        """These bytes come next. Lets go of the GIL."""
+        while data:
+            part = data[: _BLOCK - self.size % _BLOCK]
+            self._open = crc32(part, self._open)
+            self.size += len(part)
+            data = data[len(part) :]
+            if self.size % _BLOCK == 0:
+                self._done.append(self._open)
+                self._open = 0
+
+    def hexdigest(self) -> str:
+        """xxh3_128 of the sums of all blocks and of the size, 32 hex digits."""
+        return xxhash.xxh3_128_hexdigest(np.array([*self._done, self._open, self.size], "<u8").tobytes())
+
+
 class Slot:
     """One file. Not thread-safe: its owner says who writes.
 
@@ -212,13 +246,42 @@ class Slot:
         self._map[: len(raw)] = raw
         self.header = header
 
-    def checksum(self, header: Header) -> str:
-        """xxh3_128 of what the header speaks of, hex. Lets go of the GIL."""
-        running = xxhash.xxh3_128()
-        whole = self.bytes.numpy().data
-        for start in range(HEADER_BYTES, header.size, _BLOCK):
-            running.update(whole[start : min(start + _BLOCK, header.size)])
-        return running.hexdigest()
+    def fill(self, plan: Plan, sources: list[Tensor]) -> Sums:
+        """Copy the tensors in, in the order of the plan.
+
+        Returns:
+            The checksum so far: of all of the tensors where they are on the CPU; of nothing where a device still
+            writes them (synchronise before :meth:`checksum`).
+        """
+        targets, sums = self.views(plan), Sums()
+        if any(source.is_cuda for source in sources):
+            # One call: for hundreds of small tensors Python costs more than the copies.
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+            return sums
+        whole = self.bytes.numpy()[HEADER_BYTES:]
+        for target, source, (_, _, offset) in zip(targets, sources, plan.entries.values(), strict=True):
+            if not source.is_contiguous():
+                target.copy_(source)
+                continue
+            data = source.detach().view(-1).view(torch.uint8).numpy()
+            for start in range(0, data.size, _PIECE):
+                piece = data[start : start + _PIECE]
+                end = offset + start + piece.size
+                np.copyto(whole[end - piece.size : end], piece)
+                if end - sums.size >= _PIECE:
+                    sums.update(whole.data[sums.size : end])
+        sums.update(whole.data[sums.size : plan.data_bytes])
+        return sums
+
+    def checksum(self, header: Header, sums: Sums | None = None) -> str:
+        """Of what the header speaks of, hex.
+
+        Args:
+            sums: of the beginning of it, from :meth:`fill`.
+        """
+        sums = Sums() if sums is None else sums
+        sums.update(self.bytes.numpy().data[HEADER_BYTES + sums.size : header.size])
+        return sums.hexdigest()
 
     def fault(self) -> str | None:
         """Why what is sealed in it is not what was written; None if it is."""

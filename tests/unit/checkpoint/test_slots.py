@@ -92,6 +92,35 @@ def test_a_changed_bit_anywhere_is_found(tmp_path: Path) -> None:
     assert not memory.lease.folder.exists()
 
 
+def test_what_is_summed_as_it_is_copied_is_what_is_read(tmp_path: Path) -> None:
+    """Tensors larger than a piece and than a block, with gaps, beside small and strided ones."""
+    sizes = [3, (8 << 20) + 5, 70_001, 1, 1_300_003, (4 << 20) - 64]
+    tensors = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
+    tensors.append(torch.randn(300, 700).t())
+    slices = [
+        StateSlice(f"model.{i}", tuple(t.shape), (0,) * t.dim(), t, True) for i, t in enumerate(tensors)
+    ]
+    run_dir = tmp_path / "runs"
+    run_dir.mkdir()
+    memory = MemoryTier(Lease(memory_folder(str(tmp_path), run_dir), run_dir), 0, 1, 0, "layout", 3)
+    memory.claim("here", slices, RNG)
+    memory.prepare(torch.device("cpu"))
+    for step in range(4):  # the last one over what was there
+        tensors[1].bitwise_not_()
+        memory.snapshot(step, slices, RNG, {}, TIMELINES)
+        memory.wait()
+        assert memory.fault(Snapshot(step, 0)) is None
+    slot = memory.find(Snapshot(3, 0))
+    for place in range(HEADER_BYTES, HEADER_BYTES + sum(sizes), 1_000_003):
+        slot.bytes[place] ^= 128
+        assert "has changed" in str(slot.fault())
+        slot.bytes[place] ^= 128
+    into = [StateSlice(p.name, p.global_shape, p.offsets, torch.zeros_like(p.tensor), True) for p in slices]
+    memory.load(Snapshot(3, 0), into, list(RNG))
+    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(into, slices, strict=True))
+    memory.remove()
+
+
 def test_the_oldest_and_the_given_up_are_overwritten_first(tmp_path: Path) -> None:
     memory = tier(tmp_path)
     take(memory, 1, 2, 3, 4)
