@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from launch.charge import Deposed
@@ -16,6 +15,7 @@ from launch.follower import follow
 from launch.outcome import EXIT_GAVE_UP, Outcome
 from launch.succession import find_leader
 from parallel.errors import ConfigError
+from trainer.compose import plain
 from trainer.config import RunConfig, require
 from trainer.config_launcher import num_hosts
 from trainer.environment import fingerprint
@@ -59,7 +59,7 @@ def on_nodes(
         num_workers=config.launcher.nproc_per_node,
         device=config.device.value,
         fingerprint=prints,
-        asked=flat(OmegaConf.to_container(OmegaConf.structured(asked), enum_to_str=True)),
+        asked=flat(plain(asked)),
         address=place[0],
         port=place[1],
     )

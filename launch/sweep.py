@@ -127,8 +127,8 @@ def check(overrides: list[str], config_dir: str | None) -> Sweep:
     """
     parsed = grammar.parse(overrides)
     fixed = [grammar.normalise(o) for o in parsed if not o.is_sweep_override()]
-    base = compose_raw(fixed, config_dir, with_hydra=True)
-    params = OmegaConf.to_container(base.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+    base, hydra = compose_raw(fixed, config_dir)
+    params = OmegaConf.to_container(hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
     swept = {o.key_or_group: o for o in grammar.parse([f"{key}={value}" for key, value in params.items()])}
     swept |= {o.key_or_group: o for o in parsed if o.is_sweep_override()}
     first: RunConfig | None = None

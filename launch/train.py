@@ -17,7 +17,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from launch import ssh, sweep
@@ -27,7 +27,7 @@ from launch.nodes import on_nodes
 from launch.outcome import EXIT_DONE, Outcome
 from parallel.errors import ConfigError
 from trainer import overrides as grammar
-from trainer.compose import CONF_DIR, CONFIG_NAME, absolute_paths, compose, to_run_config
+from trainer.compose import CONF_DIR, CONFIG_NAME, absolute_paths, compose_raw, plain, to_run_config
 from trainer.config import RunConfig, require
 from trainer.launchers import SUBMITTED
 from trainer.rundir import RunDirectory
@@ -50,9 +50,24 @@ def main(argv: list[str]) -> Outcome:
         except (SystemExit, KeyboardInterrupt):
             return plan.finish(Console(highlight=False), interrupted=True)
         return plan.finish(Console(highlight=False))
-    compose(overrides, config_dir)
-    lines = [grammar.normalise(override) for override in grammar.parse(overrides)]
-    return _through_hydra([*lines, *flags])
+    (node, hydra_node), parsed = compose_raw(overrides, config_dir), grammar.parse(overrides)
+    if args.cfg or args.info or _has_a_task(hydra_node) or any(o.is_hydra_override() for o in parsed):
+        return _through_hydra([*(grammar.normalise(override) for override in parsed), *flags])
+    return train(to_run_config(node))
+
+
+def _has_a_task(node: DictConfig) -> bool:
+    """Whether a config asks Hydra for more than to compose one run, which it would do twice again to be asked."""
+    job = node.job
+    logs = {node.runtime.choices[f"hydra/{name}_logging"] for name in ("job", "hydra")} != {"none"}
+    return bool(
+        node.mode is RunMode.MULTIRUN
+        or node.callbacks
+        or node.output_subdir
+        or job.chdir
+        or job.env_set
+        or logs
+    )
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str], argparse.Namespace]:
@@ -155,8 +170,7 @@ def train(asked: RunConfig) -> Outcome:
     """
     console = Console(highlight=False)
     if ssh.is_starter(asked.launcher):
-        values = OmegaConf.to_container(OmegaConf.structured(absolute_paths(asked)), enum_to_str=True)
-        assert isinstance(values, dict)
+        values = plain(absolute_paths(asked))
         launcher = values["launcher"]
         return ssh.start_everywhere(
             asked.launcher,

@@ -11,6 +11,8 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import (
     ConfigKeyError,
     InterpolationResolutionError,
@@ -59,11 +61,11 @@ def compose(overrides: list[str], config_dir: str | None = None) -> RunConfig:
     Raises:
         ConfigError: whatever is wrong with an override or with a YAML file.
     """
-    return to_run_config(compose_raw(overrides, config_dir))
+    return to_run_config(compose_raw(overrides, config_dir)[0])
 
 
-def compose_raw(overrides: list[str], config_dir: str | None = None, with_hydra: bool = False) -> DictConfig:
-    """:func:`compose`, as OmegaConf and on request with Hydra's own node (for what a sweep runs over)."""
+def compose_raw(overrides: list[str], config_dir: str | None = None) -> tuple[DictConfig, DictConfig]:
+    """:func:`compose`, as OmegaConf, and Hydra's own node: what it would do beside composing."""
     parsed = grammar.parse(overrides)
     for override in parsed:
         if override.is_sweep_override():
@@ -77,9 +79,13 @@ def compose_raw(overrides: list[str], config_dir: str | None = None, with_hydra:
         check_overrides(parsed, searchpath)
         lines = [grammar.normalise(override) for override in parsed if not _is_searchpath(override)]
         try:
-            return hydra_compose(CONFIG_NAME, [*lines, *searchpath], return_hydra_config=with_hydra)
+            node = hydra_compose(CONFIG_NAME, [*lines, *searchpath], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise _explain(error, parsed) from error
+    hydra = node.hydra
+    with flag_override(node, ["struct", "readonly"], False):
+        del node["hydra"]
+    return node, hydra
 
 
 def check_overrides(parsed: list[Override], searchpath: list[str]) -> None:
@@ -193,10 +199,25 @@ def _one_line(error: Exception) -> str:
 
 def freeze(config: RunConfig, path: Path) -> None:
     """Write a config as YAML, whole or not at all. The user's relative paths become absolute."""
-    container = OmegaConf.to_container(
-        OmegaConf.structured(absolute_paths(config)), resolve=True, enum_to_str=True
-    )
-    write_atomically(path, yaml.safe_dump(container, sort_keys=False, allow_unicode=True))
+    values = plain(absolute_paths(config))
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """A config as mappings, lists and scalars; a choice is its name."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.name
+        if is_dataclass(value):
+            return {field.name: of(getattr(value, field.name)) for field in fields(value)}
+        if isinstance(value, dict):
+            return {key: of(entry) for key, entry in value.items()}
+        return [of(entry) for entry in value] if isinstance(value, list) else value
+
+    values = of(config)
+    assert isinstance(values, dict)
+    return values
 
 
 def write_atomically(path: Path, text: str) -> None:

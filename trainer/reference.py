@@ -129,7 +129,7 @@ class Field:
 def page() -> str:
     """The whole page, Markdown."""
     lines = [INTRO, "## Groups\n", *_groups()]
-    defaults = OmegaConf.to_container(compose_raw([]), resolve=False, enum_to_str=True)
+    defaults = OmegaConf.to_container(compose_raw([])[0], resolve=False, enum_to_str=True)
     assert isinstance(defaults, dict)
     lines += [
         "\n## Fields\n",

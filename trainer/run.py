@@ -10,11 +10,9 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from parallel.dims import ParallelDims
 from parallel.engines.base import Engine
@@ -39,6 +37,7 @@ from trainer.checkpoint.lease import Lease, clean, memory_folder
 from trainer.checkpoint.memory import MemoryTier
 from trainer.checkpoint.timeline import Timelines
 from trainer.checkpoint.whole import contents_of
+from trainer.compose import plain
 from trainer.config import Device, RunConfig, parallel_dims
 from trainer.cure.cure import build_cure
 from trainer.data.loader import build_loader, valid_batches
@@ -115,7 +114,7 @@ def run_worker(
     trainer = _build_trainer(config, run_dir, place, dims, meshes, device, control, stop)
     trainer.stepper.pulse, trainer.stepper.stop_cause = pulse, stop.cause
     clock, ep_rank = WaitClock(), dims.sparse_coordinate(place.rank)["ep"]
-    of = depends_on(_plain(config), place.world_size)
+    of = depends_on(plain(config), place.world_size)
     trainer.deadlines = Deadlines(run_dir, of, pulse, writes=place.rank == 0)
     trainer.deadlines.recall()
     if compares_ranks(config, place.world_size):
@@ -213,7 +212,7 @@ def _build_trainer(
         remove_stale(directory, str(place.generation))
     _prove_shared(directory, place, control)
     dp_rank = dims.dp_rank(place.rank)
-    log = RunLog(run_dir, config, _plain(config), active=place.rank == 0, terminal=not place.agent)
+    log = RunLog(run_dir, config, plain(config), active=place.rank == 0, terminal=not place.agent)
     stepper = Stepper(engine, config, device, stop.requested, check)
     checkpoints = DurableCheckpointer(
         directory,
@@ -316,9 +315,3 @@ def _checkpoint_bytes(engine: Engine) -> int:
     """What one checkpoint of the whole run takes, as if this rank's share were everyone's."""
     owned = (piece.tensor for piece in engine.named_state() if piece.owner)
     return sum(tensor.numel() * tensor.element_size() for tensor in owned) * dist.get_world_size()
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}

@@ -14,9 +14,12 @@ from launch_helpers import REPO
 from launch.__main__ import HELP
 from launch.completion import complete
 from launch.doctor import examine
+from launch.outcome import Outcome
 from launch.sample import SamplingOptions, parse_options
+from launch.train import main as train_main
 from launch.train import split_arguments
 from parallel.errors import ConfigError
+from trainer.config import RunConfig
 
 
 def muster(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -128,6 +131,25 @@ def test_cfg_and_info_come_from_hydra(tmp_path: Path) -> None:
     done = muster("train", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "layout: deepseek, dense, ernie, " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_config_asks_of_hydra_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that asks for nothing is composed once and not handed to Hydra; both train the same."""
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    asks = "hydra: {job: {env_set: {MUSTER_TEST_SAID: hello}}}"
+    (folder / "asks.yaml").write_text(f"# @package _global_\n{asks}\noptim: {{lr: 0.25}}\n")
+    (folder / "plain.yaml").write_text("# @package _global_\noptim: {lr: 0.25}\n")
+    seen = []
+
+    def note(config: RunConfig) -> Outcome:
+        seen.append((config.optim.lr, config.train.steps, os.environ.get("MUSTER_TEST_SAID")))
+        return Outcome(7)
+
+    monkeypatch.setattr("launch.train.train", note)
+    for name in ("plain", "asks"):
+        assert train_main(["--config-dir", str(tmp_path), f"experiment={name}", "train.steps=3"]).code == 7
+    assert seen == [(0.25, 3, None), (0.25, 3, "hello")]
 
 
 def test_flags_and_overrides_in_any_order() -> None:
