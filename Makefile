@@ -24,18 +24,18 @@ $(READY): pyproject.toml constraints.txt
 train: setup ## the main job: train a Mixture-of-Experts on two processes (ARGS="train.steps=600" changes it)
 	$(BIN)/muster train experiment=quickstart $(ARGS)
 
-test: setup ## what must pass before a change lands, three at a time (tests/conftest.py); no GPU needed
-	$(BIN)/python -m pytest -n 3 -m "not long" $(ARGS)
+test: setup ## what must pass before a change lands, four at a time (tests/conftest.py); no GPU needed
+	$(BIN)/python -m pytest -n 4 -m "not long" $(ARGS)
 
 test-all: setup ## the same and the long tests: repetitions and variations (ARGS="-m long": these alone)
-	$(BIN)/python -m pytest -n 3 $(ARGS)
+	$(BIN)/python -m pytest -n 4 $(ARGS)
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -o addopts='' -m gpu tests/gpu $(ARGS)
 
 cluster-tools: ## Debian packages for the tests with several nodes (as root); without them those tests are skipped
 	@missing=""; for tool in ip:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh slurmctld:slurmctld \
-	  slurmd:slurmd sbatch:slurm-client munged:munge; do \
+	  slurmd:slurmd sbatch:slurm-client munged:munge etcd:etcd-server; do \
 	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
 	if [ -n "$$missing" ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing; fi
 

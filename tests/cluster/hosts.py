@@ -8,24 +8,30 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from launch.chaos.hosts import Host, etc
 
 
+def cannot_run(reason: str) -> NoReturn:
+    """Skip the test, or fail it where it has to be run (``MUSTER_REQUIRE_CLUSTER=1``)."""
+    if os.environ.get("MUSTER_REQUIRE_CLUSTER") == "1":
+        pytest.fail(f"MUSTER_REQUIRE_CLUSTER is set, but this test {reason}")
+    pytest.skip(reason)
+
+
 def need(*commands: str) -> None:
-    """Skip the test where it cannot be run, and fail where it has to be (MUSTER_REQUIRE_CLUSTER)."""
+    """Commands, root and network namespaces, or the test cannot be run."""
     missing = [command for command in commands if shutil.which(command) is None]
     reason = f"needs {', '.join(missing)} (make cluster-tools)" if missing else ""
     if os.geteuid() != 0:
         reason = "needs root, to make network namespaces and to start daemons"
     elif not missing and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
         reason = "needs the right to make network namespaces"
-    if reason and os.environ.get("MUSTER_REQUIRE_CLUSTER"):
-        pytest.fail(f"MUSTER_REQUIRE_CLUSTER is set, but this test {reason}")
     if reason:
-        pytest.skip(reason)
+        cannot_run(reason)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import pytest
+
+from tests.cluster.hosts import cannot_run
 
 PATIENCE_SECONDS = 300.0
 """A job's start may take a minute where other work has the cores."""
@@ -68,19 +69,15 @@ def wait_until(condition: Callable[[], object], what: Callable[[], str]) -> None
 def missing() -> str | None:
     """Why a Slurm cannot be run here; None if it can."""
     if os.geteuid() != 0:
-        return "a real Slurm is run as root"
+        return "needs root, as which a real Slurm is run"
     absent = [name for name in _COMMANDS if shutil.which(name) is None]
     return f"needs {', '.join(absent)}: apt-get install {PACKAGES}" if absent else None
 
 
 def require_slurm() -> None:
-    """Skip the test where Slurm cannot run, or fail it where ``MUSTER_REQUIRE_CLUSTER=1`` says that it must."""
-    reason = missing()
-    if reason is None:
-        return
-    if os.environ.get("MUSTER_REQUIRE_CLUSTER") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
+    """A Slurm that runs here, or the test cannot be run."""
+    if reason := missing():
+        cannot_run(reason)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.succession import CutOff, Standing, settle
+from tests.cluster.hosts import cannot_run
 from tests.commands.watch import wait_until
 from trainer.network import probe
 from trainer.terms import EtcdTerms, FileTerms, Lease, Term, Terms, open_terms
@@ -29,7 +30,7 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of a real server."""
     program = shutil.which("etcd")
     if program is None:
-        pytest.skip("needs an etcd server (the package etcd-server of Debian)")
+        cannot_run("needs an etcd server (make cluster-tools)")
     port, folder = free_port(), tmp_path_factory.mktemp("etcd")
     here, peers = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
     command = [program, "--data-dir", str(folder), "--listen-client-urls", here, "--unsafe-no-fsync"]
