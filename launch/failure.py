@@ -126,6 +126,7 @@ def _failure_of(worker: Worker) -> Failure | None:
             worker.evidence = f"{said}\n{worker.log_tail()}".strip()
         if worker.is_orphaned():
             cause = "ended with the standby process that it was forked from"
+        cause = worker.bereft or cause
         return _failure(worker, "crash", cause, code, worker.seen_alive, certain)
     lines = worker.log_tail().splitlines()
     cause = f"exit code {code}" + (f": {lines[-1].strip()}" if lines else "")

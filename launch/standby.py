@@ -162,7 +162,7 @@ class Standby:
         Raises:
             StandbyLost: there is none.
         """
-        if self._store is not None and self._store.poll() is not None:
+        if self._store is not None and self.store_ended() is not None:
             self.forget([self._store])
             self._store = None
         if self._store is None:
@@ -179,6 +179,10 @@ class Standby:
                 raise StandbyLost(f"no store was started; see {self._log}")
             self._store_port = int(found)
         return self._store_port
+
+    def store_ended(self) -> int | None:
+        """The exit code of the process that hosts the store; None: it lives, or there is none."""
+        return None if self._store is None else self._store.poll()
 
     def fork(
         self,

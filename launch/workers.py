@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from launch.failure import Failure, diagnose
+from launch.failure import Failure, diagnose, signal_name
 from launch.liveness import Hang, find_hang, stacks
 from launch.standby import ForkedProcess, Standby, StandbyLost
 from trainer.liveness import Page, Vitals, page_file
@@ -70,6 +70,7 @@ class Worker:
         seen_alive: unix time when it last was.
         code: its exit code (−signal).
         hang: why it was ended; None: it was not, or of another cause.
+        bereft: of what it cannot go on without, for which it was ended.
         evidence: its stacks before that.
     """
 
@@ -81,6 +82,7 @@ class Worker:
     seen_alive: float
     code: int | None = None
     hang: Hang | None = None
+    bereft: str = ""
     evidence: str = ""
 
     def vitals(self) -> Vitals:
@@ -152,7 +154,8 @@ class WorkerGroup:
             raise
 
     def _start_all(self, plan: Plan, run_dir: Path, folder: Path) -> None:
-        if not plan.master_port:
+        self._own_store = not plan.master_port
+        if self._own_store:
             plan = replace(plan, master_port=self._store_port())
         for local_rank in range(plan.num_workers):
             self.workers.append(self._start(plan, run_dir, folder, local_rank))
@@ -215,8 +218,19 @@ class WorkerGroup:
                 worker.code = worker.process.poll()
                 if worker.code is None:
                     worker.seen_alive = now
+        self._look_at_store()
         self._look_for_hangs()
         return [worker.code for worker in self.workers]
+
+    def _look_at_store(self) -> None:
+        """Without their store workers that start would wait for each other until a timeout."""
+        code = self._standby.store_ended() if self._standby is not None and self._own_store else None
+        if code is None or self._standby is None or not self._standby.is_alive:
+            return
+        how = signal_name(-code) if code < 0 else f"exit code {code}"
+        for worker in self.alive:
+            worker.bereft = worker.bereft or f"the process that hosts the store ended ({how})"
+            worker.kill()
 
     def _look_for_hangs(self) -> None:
         """End a worker that hangs, after its stacks were written; the others follow as after any death."""

@@ -13,7 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from launch.standby import ForkedProcess, Standby, StandbyLost
+from launch.workers import Plan, WorkerGroup, worker_command
 from tests.commands.watch import wait_until
+from tests.configs import composed
+from trainer.compose import freeze
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,30 @@ def test_a_store_that_dies_is_replaced_and_the_standby_takes_it_along(tmp_path: 
         wait_until(lambda: standby.store_port() != port, "another store")
         (last,) = (child for child in server.children() if child.name() == "muster-store")
     wait_until(lambda: not last.is_running(), "the end of the store")
+
+
+def test_workers_that_wait_for_each_other_do_not_outlive_their_store(tmp_path: Path) -> None:
+    freeze(
+        composed("device=cpu", "train.num_threads=1", "launcher.nproc_per_node=2"), tmp_path / "config.yaml"
+    )
+    with Standby({"OMP_NUM_THREADS": "1"}, None, tmp_path / "log", print) as standby:
+        plan = Plan(worker_command(tmp_path / "config.yaml"), 1, {}, world_size=2, standby=standby)
+        ports = []
+        for generation in (0, 1):
+            with WorkerGroup(plan, tmp_path, generation) as group:
+                ports.append(standby.store_port())
+                (worker,) = group.workers
+                wait_until(lambda worker=worker: worker.vitals().beat, "a worker that waits for rank 1")
+                assert group.codes() == [None] and group.failure() is None
+                (store,) = (
+                    p for p in psutil.Process().children(recursive=True) if p.name() == "muster-store"
+                )
+                store.kill()
+                wait_until(lambda group=group: group.codes() != [None], "the end of the worker")
+                failure = group.failure()
+                assert failure is not None and failure.certain and failure.kind == "crash"
+                assert failure.cause == "the process that hosts the store ended (SIGKILL)"
+        assert ports[0] != ports[1]
 
 
 @pytest.mark.timeout(120)
