@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from parallel.errors import ConfigError
-from trainer.compose import freeze, load_frozen, write_atomically
+from trainer.compose import CONF_DIR, freeze, load_frozen, write_atomically
 from trainer.config import RunConfig
 from trainer.metrics.jsonl import read_events
 from trainer.metrics.schema import EVENTS_FILE, METRICS_FILE
@@ -98,13 +98,12 @@ class RunDirectory:
         Raises:
             ConfigError: no run is there; the message names the nearest one.
         """
-        if (path / "config.yaml").is_file():
+        if _is_run(path):
             return cls(path)
-        below = sorted(path.glob("*/config.yaml")) or sorted(path.glob("*/*/config.yaml"))
-        if below:
-            near: Path | None = below[-1].parent
+        if below := _runs_below(path):
+            near: Path | None = below[-1]
         else:
-            known = {str(found.parent): found.parent for found in _runs_around(path)}
+            known = {str(run): run for run in _runs_around(path)}
             match = difflib.get_close_matches(str(path), known, n=1, cutoff=0.0)
             near = known[match[0]] if match else None
         what = "is not a run directory (it holds no config.yaml)" if path.exists() else "does not exist"
@@ -244,8 +243,16 @@ def _claim(parent: Path) -> Path:
         return path
 
 
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and path.resolve() != CONF_DIR
+
+
+def _runs_below(path: Path) -> list[Path]:
+    found = (file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/config.yaml"))
+    return sorted(filter(_is_run, found))
+
+
 def _runs_around(path: Path) -> list[Path]:
-    """config.yaml files of runs near a mistyped path."""
+    """Runs near a mistyped path."""
     existing = next((parent for parent in path.absolute().parents if parent.is_dir()), Path.cwd())
-    found = [*existing.glob("*/config.yaml"), *existing.glob("*/*/config.yaml")]
-    return sorted(found or Path.cwd().glob("runs/*/*/config.yaml"))
+    return _runs_below(existing) or _runs_below(Path.cwd() / "runs")

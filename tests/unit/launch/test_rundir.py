@@ -11,6 +11,7 @@ import pytest
 from launch_helpers import REPO
 
 from parallel.errors import ConfigError
+from trainer.compose import CONF_DIR
 from trainer.config import RunConfig
 from trainer.environment import differences
 from trainer.rundir import RunDirectory, choose_id
@@ -73,6 +74,8 @@ def test_a_wrong_path_names_the_nearest_run(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path / "t" / "aa")
     with pytest.raises(ConfigError, match=r"no config.yaml\). Fix: did you mean .*/t/b\."):
         RunDirectory.open(tmp_path / "t")
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        RunDirectory.open(CONF_DIR)
 
 
 def test_newest_checkpoint_and_last_step(tmp_path: Path) -> None:
