@@ -24,11 +24,11 @@ $(READY): pyproject.toml constraints.txt
 train: setup ## the main job: train a Mixture-of-Experts on two processes (ARGS="train.steps=600" changes it)
 	$(BIN)/muster train experiment=quickstart $(ARGS)
 
-test: setup ## what must pass before a change lands, four at a time (tests/conftest.py); no GPU needed
-	$(BIN)/python -m pytest -n 4 -m "not long" $(ARGS)
+test: setup ## what must pass before a change lands, three at a time (tests/conftest.py); no GPU needed
+	$(BIN)/python -m pytest -n 3 -m "not long" $(ARGS)
 
 test-all: setup ## the same and the long tests: repetitions and variations (ARGS="-m long": these alone)
-	$(BIN)/python -m pytest -n 4 $(ARGS)
+	$(BIN)/python -m pytest -n 3 $(ARGS)
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -o addopts='' -m gpu tests/gpu $(ARGS)

@@ -154,7 +154,7 @@ def run_here(
                 cluster.stopped = lambda: agent.stop.cause is not None
             outcome = tell_of_snapshots(agent.run(), config.checkpoint.memory_dir, run.path)
         if outcome.code != EXIT_CONFIG:
-            summarise(run.path, console)
+            summarise(run.path, console, config.logger.report)
     return outcome
 
 
@@ -167,15 +167,17 @@ def tell_of_snapshots(outcome: Outcome, memory_dir: str | None, run_dir: Path) -
     return Outcome(outcome.code, f"{outcome.message}\n{line}")
 
 
-def summarise(run_dir: Path, console: Console) -> None:
-    """Write report.html and print the summary. A run that logged nothing has none."""
+def summarise(run_dir: Path, console: Console, report: bool) -> None:
+    """Write report.html, if that is asked for, and print the summary. A run that logged nothing has none."""
     if not (run_dir / EVENTS_FILE).is_file() and not (run_dir / METRICS_FILE).is_file():
         return
     try:
-        from trainer.metrics.report import write_report
         from trainer.metrics.summary import final_summary
 
-        write_report(run_dir)
+        if report:
+            from trainer.metrics.report import write_report
+
+            write_report(run_dir)
         final_summary(console, run_dir)
     except Exception as error:
         # The training is done and saved: a plot that fails must not change the exit code.

@@ -27,6 +27,7 @@ SMALL = [
     "eval.max_rows=16",
     "checkpoint.memory_every=0",  # a test that kills knows which checkpoint the run goes on from
     "logger.wandb.mode=disabled",
+    "logger.report=false",
     "run.name=e2e",
     "run.id=a",
 ]

@@ -301,6 +301,8 @@ class LoggerConfig:
     every: int = 1
     """Steps between logged steps."""
     terminal: Terminal = Terminal.auto
+    report: bool = True
+    """Write report.html at the end (2 s of a processor); without, `muster report RUN_DIR` writes it when asked."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

@@ -67,7 +67,7 @@ def test_evaluate_repeats_the_loss_of_the_run(trained: Workplace) -> None:
 
 
 def test_report(trained: Workplace) -> None:
-    (trained.run_dir / "report.html").unlink()
+    assert not (trained.run_dir / "report.html").exists(), "logger.report=false"
     assert trained.run(MUSTER, "report", str(trained.run_dir)).strip() == f"{trained.run_dir}/report.html"
     page = (trained.run_dir / "report.html").read_text()
     assert "<svg" in page or "data:image" in page
