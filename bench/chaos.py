@@ -41,7 +41,9 @@ ONE_MACHINE = ["train.global_batch=8", "launcher.nproc_per_node=2"]
 SHRINKING = ["train.global_batch=12", "layout=mixtral", "layout.num_experts=4", "layout.top_k=4"]
 SHRINKING += ["parallel.dp_shard=2", "parallel.dp_replicate=2"]  # 3 divides no dimension of the model
 WAITS = [
-    *("resilience.node_timeout_seconds=5", "launcher.rejoin_seconds=1", "launcher.join_timeout_seconds=20"),
+    "resilience.node_timeout_seconds=5",
+    "launcher.rejoin_seconds=10",
+    "launcher.join_timeout_seconds=20",
 ]
 
 

@@ -60,12 +60,14 @@ class Point:
 class Sweep:
     """One sweep: its id (the W&B group of its points), its folder and the overrides that Hydra gets.
 
-    Of a point's overrides only those are recorded and shown that are not common to all points.
+    Attributes:
+        common: key → value of the overrides that all points have, which are neither recorded nor shown with each.
     """
 
     name: str
     folder: Path
     overrides: list[str] = field(default_factory=list)
+    common: dict[str, Any] = field(default_factory=dict)
 
     def run_point(self, config: RunConfig, number: int, overrides: list[str], train: Train) -> float:
         """Train one point and keep its record.
@@ -78,7 +80,11 @@ class Sweep:
         """
         config.run.group = config.run.group or self.name
         config.run.id = f"{config.run.id or self.name}-{number:02d}"
-        own = [override for override in overrides if override not in self.overrides]
+        own = [  # Hydra writes them anew (false as False), so texts cannot be compared
+            text
+            for text, o in zip(overrides, grammar.parse(overrides), strict=True)
+            if o.key_or_group not in self.common or self.common[o.key_or_group] != o.value()
+        ]
         point = Point(number, own, "failed", run_dir=_run_dir(config))
         console = Console(highlight=False)
         console.rule(Text(f"point {number}: {' '.join(own)}"))
@@ -126,7 +132,8 @@ def check(overrides: list[str], config_dir: str | None) -> Sweep:
         ConfigError: a choice that cannot be composed, whatever the others are.
     """
     parsed = grammar.parse(overrides)
-    fixed = [grammar.normalise(o) for o in parsed if not o.is_sweep_override()]
+    common = [o for o in parsed if not o.is_sweep_override()]
+    fixed = [grammar.normalise(o) for o in common]
     base, hydra = compose_raw(fixed, config_dir)
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
     swept = {o.key_or_group: o for o in grammar.parse([f"{key}={value}" for key, value in params.items()])}
@@ -151,7 +158,7 @@ def check(overrides: list[str], config_dir: str | None) -> Sweep:
     if not any(o.key_or_group == "hydra.sweep.dir" for o in parsed):
         quoted = str(folder).replace("'", "\\'")
         lines.append(f"hydra.sweep.dir='{quoted}'")
-    return Sweep(name, folder, lines)
+    return Sweep(name, folder, lines, {o.key_or_group: o.value() for o in common})
 
 
 def _diagonal(swept: list[Override]) -> Iterator[list[str]]:

@@ -210,7 +210,7 @@ class Chaos:
                     (self.commands.replace if fault.kind == "node-lost" else self.commands.lose)(host)
                 of = f" ({fault.component})" if fault.component else ""
                 self._say(
-                    f"{len(self._told)}/{len(self.faults)}  step {mark['step'] + 1}  rank {fault.rank}  "
+                    f"{len(self._told)}/{len(self.faults)}  step {mark['step'] + 1}  rank {mark['rank']}  "
                     f"{fault.kind} at {fault.point}{of}"
                 )
 

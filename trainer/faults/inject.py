@@ -44,7 +44,7 @@ class Scene:
 
 
 class Injector:
-    """The faults of one rank.
+    """The faults of one rank; those of ranks that the run goes on without are the last rank's.
 
     A fault makes its mark, ``<run>/faults/INDEX.json``, by an exclusive create before it strikes: a step that is
     computed again does not meet it again, in this process or another.
@@ -60,7 +60,9 @@ class Injector:
         self.slow_until = -1
         self._claims = threading.Lock()  # saves are written by a thread of their own
         everyone = enumerate(read_schedule(schedule))
-        self._mine = {index: fault for index, fault in everyone if fault.rank == place.rank}
+        self._mine = {
+            index: fault for index, fault in everyone if min(fault.rank, place.world_size - 1) == place.rank
+        }
         self._pending = {i: fault for i, fault in self._mine.items() if not self._mark(i).exists()}
         aside = self.folder / f".rank-{place.rank}.json"
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "generation": place.generation}

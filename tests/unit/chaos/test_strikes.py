@@ -6,9 +6,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
 
 from tests.commands.watch import wait_until
+from trainer.faults.inject import Injector
+from trainer.faults.kinds import Fault, write_schedule
+from trainer.faults.strikes import InjectedFault
 from trainer.liveness import STACKS_SIGNAL
+from trainer.run import Place
 
 HELD = """
 import faulthandler, os, sys
@@ -38,3 +47,22 @@ def test_a_held_interpreter_is_not_freed_by_being_asked_for_its_stacks(tmp_path:
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
+
+
+def test_a_fault_of_a_rank_that_the_run_goes_on_without_strikes_the_last_one_once(tmp_path: Path) -> None:
+    schedule = tmp_path / "schedule.jsonl"
+    write_schedule([Fault(step=3, rank=2, kind="exception", point="forward")], schedule)
+
+    def injector(rank: int, world_size: int) -> Injector:
+        place = Place(rank, rank, world_size, 1, dist.HashStore(), agent=False)
+        trainer: Any = SimpleNamespace(rank=rank)
+        return Injector(schedule, trainer, place)
+
+    for rank, world_size in ((0, 2), (0, 3), (1, 3)):
+        injector(rank, world_size).reach("forward", 3, {})
+    last = injector(1, 2)
+    last.reach("forward", 2, {})
+    with pytest.raises(InjectedFault, match="injected at forward of step 4"):
+        last.reach("forward", 3, {})
+    last.reach("forward", 3, {})
+    injector(2, 3).reach("forward", 3, {})
