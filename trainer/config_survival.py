@@ -28,6 +28,9 @@ class CheckpointConfig:
     """Steps between snapshots in memory that outlives workers; -1: as many as cost 2 % of the time; 0: none."""
     memory_slots: int = 3
     """Snapshots that each rank keeps in memory: how far back a rollback finds one."""
+    memory_log: int = 3
+    """With memory_every=1 and a native or accelerate engine: of so many snapshots after one of everything only the
+    gradients are copied, and a restart does their updates again, to the bit. 0: everything after every step."""
     memory_dir: str | None = None
     """A folder of a memory mount for them, on every node; null: /dev/shm."""
     peer_every: int = -1

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.dims import ParallelDims
-from parallel.engines.base import Engine
+from parallel.engines.base import Engine, Replayable
 from parallel.errors import ConfigError
 from trainer import faults
 from trainer.callbacks import Callback
@@ -190,6 +190,8 @@ class Trainer:
             if self.cure is not None:  # here, where no parameter is gathered: what is written must be seen
                 with self._writing(True):
                     actions = self.cure.after_step(self.state.step, result.totals)
+                if actions and self.memory is not None:
+                    self.memory.start_anew()
                 for fields in actions:
                     self.log.event("cure", self.state.step, **fields)
             if self.stragglers is not None:
@@ -297,6 +299,8 @@ class Trainer:
                 self.peers.remove()
             self.memory.remove()
         self.memory = self.peers = None
+        if isinstance(self.engine, Replayable):
+            self.engine.keep_updates = False
 
     def forget_times(self) -> None:
         """Of steps that were not logged: they are given up."""
@@ -334,9 +338,10 @@ class Trainer:
         if logged:
             record.update(self.health.metrics(result.totals))
         self.health.after_step(self.state.step, result.totals)
-        with self._writing(
-            any(type(hook).on_step_end is not Callback.on_step_end for hook in self.callbacks)
-        ):
+        may_write = any(type(hook).on_step_end is not Callback.on_step_end for hook in self.callbacks)
+        if may_write and self.memory is not None:
+            self.memory.start_anew()
+        with self._writing(may_write):
             for index, callback in enumerate(self.callbacks):
                 own = callback.on_step_end(self, record) or {}
                 check_user_metrics(own, f"callbacks[{index}].target", self.config.callbacks[index].target)

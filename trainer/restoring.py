@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from parallel.engines.base import forget_gathered
+from parallel.engines.base import Replayable, forget_gathered
 from parallel.errors import ConfigError
 from trainer.checkpoint.election import Election
 from trainer.checkpoint.memory import Claim, check_claims, rank_tensors_of
@@ -114,7 +114,9 @@ def _load(trainer: Trainer, at_most: int | None) -> _Loaded:
     else:
         assert trainer.memory is not None
         fill_buffers(trainer.engine.model)
-        state, tensors = trainer.memory.load(choice.snapshot, slices, list(rank_tensors))
+        engine = trainer.engine
+        again = engine.replay if isinstance(engine, Replayable) else None
+        state, tensors = trainer.memory.load(choice.snapshot, slices, list(rank_tensors), again)
         tier, unclaimed = choice.tier, apply_state(trainer, state, tensors)
         path = str(trainer.memory.lease.folder)
     if checkpoint is not None:
@@ -208,7 +210,11 @@ def _reserve(trainer: Trainer) -> list[Alarm]:
     if memory is None:
         return []
     slices, rank_tensors = list(trainer.engine.named_state()), rank_tensors_of(trainer.stepper.device)
-    peers, claim = trainer.peers, memory.claim(socket.gethostname(), slices, rank_tensors)
+    peers, engine, update = trainer.peers, trainer.engine, None
+    all_sent = peers is not None and trainer.config.checkpoint.peer_every in (-1, 1)
+    if memory.log.length and not all_sent and isinstance(engine, Replayable) and engine.can_replay:
+        update = engine.example_update()
+    claim = memory.claim(socket.gethostname(), slices, rank_tensors, update)
     if peers is not None:
         claim = replace(claim, missing=claim.missing + peers.missing(trainer.rank, trainer.members))
     claims: list[Claim] = _gather(trainer, claim)
@@ -225,6 +231,8 @@ def _reserve(trainer: Trainer) -> list[Alarm]:
         )
         error = next((ConfigError(*other) for other in told if other is not None), None)
     if error is None:
+        if update is not None and isinstance(engine, Replayable):
+            engine.keep_updates = True
         return []
     if trainer.config.checkpoint.memory_every > 0:
         raise error

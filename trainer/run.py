@@ -270,7 +270,8 @@ def _build_memory(config: RunConfig, run_dir: Path, place: Place, dims: Parallel
         checkpoint.memory_slots, 3 if all_sent else 5
     )  # two that peers have, beside the newest three
     layout = f"{dims} of {place.world_size} ranks, {config.engine.name.value}"
-    return MemoryTier(lease, place.rank, place.world_size, place.generation, layout, num_slots)
+    num_updates = checkpoint.memory_log if checkpoint.memory_every == 1 else 0
+    return MemoryTier(lease, place.rank, place.world_size, place.generation, layout, num_slots, num_updates)
 
 
 def _prove_shared(directory: Path, place: Place, control: dist.ProcessGroup) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.engines.base import Replayable
 from parallel.errors import ConfigError
 from trainer import faults
 from trainer.checkpoint.memory import rank_tensors_of, set_rank_tensors
@@ -84,13 +85,17 @@ def take_snapshot(trainer: Trainer) -> None:
     if sent and peers is not None:
         trainer.memory.wait()
         peers.wait()
+    engine, update = trainer.engine, None
+    if isinstance(engine, Replayable) and engine.keep_updates:
+        update = engine.last_update()
     trainer.memory.snapshot(
         trainer.state.step,
-        list(trainer.engine.named_state()),
+        engine.named_state(),
         rank_tensors_of(trainer.stepper.device),
         trainer_state(trainer),
         trainer.timelines,
         peers.send if sent and peers is not None else None,
+        update,
     )
     trainer.cadence.copied(time.perf_counter() - began)
 

@@ -60,6 +60,13 @@ def check_survival(config: RunConfig) -> None:
         "while a rank overwrites one slot, two others must hold what all ranks have",
         "checkpoint.memory_slots=3",
     )
+    require(
+        checkpoint.memory_log >= 0,
+        "checkpoint.memory_log",
+        checkpoint.memory_log,
+        "snapshots of gradients after each of everything, 0 for none",
+        "checkpoint.memory_log=3",
+    )
     for path, seconds in (
         ("resilience.collective_timeout_seconds", resilience.collective_timeout_seconds),
         ("resilience.stop_grace_seconds", resilience.stop_grace_seconds),

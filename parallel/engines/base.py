@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -32,6 +32,49 @@ class StateSlice:
     offsets: tuple[int, ...]
     tensor: Tensor
     owner: bool
+
+
+@dataclass(frozen=True)
+class Update:
+    """All that an optimizer step was given beside weights and optimizer state.
+
+    Attributes:
+        lr, skip: as :meth:`Engine.step` was given them.
+        gradients: of this rank's parameter slices, after clipping, named ``grad.layers.0.moe.experts.w1``.
+        missing: names of the parameters that had none; any tensor of the right shape stands for theirs.
+        buffers: the persistent ones as they are now; no step computes them from gradients.
+    """
+
+    lr: float
+    skip: Tensor | None
+    gradients: Sequence[StateSlice]
+    missing: frozenset[str]
+    buffers: Sequence[StateSlice]
+
+
+Replay = Callable[[float, Tensor | None, Mapping[str, Tensor]], None]
+"""Given lr, skip and the gradients of a step by parameter, on any device: updates as it did, to the bit."""
+
+
+@runtime_checkable
+class Replayable(Protocol):
+    """An engine whose optimizer steps can be done again."""
+
+    keep_updates: bool
+    """Whether :meth:`last_update` has something to give."""
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether its optimizer computes from gradients, state and learning rate alone."""
+
+    def last_update(self) -> Update | None:
+        """The step that was done since the last call; None unless it was exactly one."""
+
+    def example_update(self) -> Update:
+        """An update that a step may have, with values of no meaning."""
+
+    def replay(self, lr: float, skip: Tensor | None, gradients: Mapping[str, Tensor]) -> None:
+        """See :data:`Replay`. No collective."""
 
 
 def whole_state(model: nn.Module) -> Iterator[StateSlice]:

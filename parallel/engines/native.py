@@ -11,7 +11,7 @@ fused kernel serves all of them at once whatever mesh they are on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from parallel.engines.base import Shardable, StateSlice
+from parallel.engines.base import Shardable, StateSlice, Update
 from parallel.gradients import clip_, global_norm
 from parallel.mesh import Meshes
 from parallel.placement import EXPERT, expert_modules, placements
@@ -42,6 +42,7 @@ class NativeEngine:
 
     model: nn.Module
     optimizer: Optimizer
+    keep_updates = False
 
     def __init__(
         self,
@@ -60,6 +61,8 @@ class NativeEngine:
         self._locals: dict[str, nn.Parameter] = {}
         # Of each parameter, by name: they depend on the layout alone, and take DTensor 0.1 ms to find.
         self._boxes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._kept: tuple[float, Tensor | None, dict[str, Tensor | None]] | None = None
+        self._num_kept = 0
         self._speaks = meshes.dims.sparse_coordinate(self.rank)["dp_replicate"] == 0
 
     def prepare(self, model: nn.Module) -> None:
@@ -96,13 +99,51 @@ class NativeEngine:
                 local.grad = _local(parameter.grad)
             elif local.numel() == 0:
                 local.grad = torch.zeros_like(local)  # so that its step count keeps up with the other ranks'
+        self._update(lr, skip)
+        if self.keep_updates:
+            gradients = {name: local.grad for name, local in self._locals.items()}
+            self._kept, self._num_kept = (lr, skip, gradients), self._num_kept + 1
+        for name, parameter in self._masters.items():
+            parameter.grad = self._locals[name].grad = None
+
+    def _update(self, lr: float, skip: Tensor | None) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # A fused kernel reads it on the device, as for torch.amp.GradScaler: nobody waits for the host.
         setattr(self._fused_optimizer(), "found_inf", skip)  # noqa: B010
         self.optimizer.step()
-        for name, parameter in self._masters.items():
-            parameter.grad = self._locals[name].grad = None
+
+    @property
+    def can_replay(self) -> bool:
+        return type(self._fused_optimizer()) is torch.optim.AdamW
+
+    def last_update(self) -> Update | None:
+        kept, alone = self._kept, self._num_kept == 1
+        self._kept, self._num_kept = None, 0
+        return self._as_update(*kept) if kept is not None and alone else None
+
+    def example_update(self) -> Update:
+        return self._as_update(0.0, None, {})
+
+    def _as_update(self, lr: float, skip: Tensor | None, gradients: Mapping[str, Tensor | None]) -> Update:
+        found = {name: gradients.get(name) for name in self._masters}
+        slices = [
+            self._slice(
+                f"grad.{name}", name, self._masters[name], self._locals[name].detach() if g is None else g
+            )
+            for name, g in found.items()
+        ]
+        missing = frozenset(name for name, g in found.items() if g is None)
+        return Update(lr, skip, slices, missing, list(self._buffers()))
+
+    @torch.no_grad()
+    def replay(self, lr: float, skip: Tensor | None, gradients: Mapping[str, Tensor]) -> None:
+        for name, local in self._locals.items():
+            gradient = gradients.get(name)
+            local.grad = None if gradient is None else gradient.to(local.device)
+        self._update(lr, None if skip is None else skip.to(self.device))
+        for local in self._locals.values():
+            local.grad = None
 
     def _fused_optimizer(self) -> Optimizer:
         """The one that computes, whatever stands around it."""
@@ -111,9 +152,7 @@ class NativeEngine:
     def named_state(self) -> Iterator[StateSlice]:
         for name, parameter in self._masters.items():
             yield self._slice(f"model.{name}", name, parameter, self._locals[name].detach())
-        for name, buffer in self.model.named_buffers():
-            if name in self._persistent:
-                yield _replicated(f"model.{name}", buffer, self.rank)
+        yield from self._buffers()
         for name, parameter in self._masters.items():
             slots = self.optimizer.state.get(self._locals[name], {})
             for slot in sorted(slots):
@@ -122,6 +161,11 @@ class NativeEngine:
                     yield self._slice(f"optim.{slot}.{name}", name, parameter, value)
                 else:
                     yield _replicated(f"optim.{slot}.{name}", value, self.rank)
+
+    def _buffers(self) -> Iterator[StateSlice]:
+        for name, buffer in self.model.named_buffers():
+            if name in self._persistent:
+                yield _replicated(f"model.{name}", buffer, self.rank)
 
     def named_gradients(self) -> Iterator[StateSlice]:
         for name, parameter in self._masters.items():

@@ -17,7 +17,7 @@ from trainer.loop import Trainer
 def sealed_steps(folder: Path, rank: int, kind: str = "rank") -> dict[Path, int]:
     """The slots of a rank that are sealed, with their steps."""
     found = {}
-    for path in folder.glob(f"{kind}-{rank:05d}.slot-*"):
+    for path in folder.glob(f"{kind}-{rank:05d}.*-*"):
         with path.open("rb") as file:
             header = Header.parse(file.read(HEADER_BYTES))
         if header is not None:
@@ -34,25 +34,20 @@ def damage(path: Path) -> None:
         file.write(bytes([byte ^ 8]))
 
 
-class Faults(Callback):
-    """Each of them once, in the step after ``step`` ones.
+class Kills(Callback):
+    """Each of them once, in the step after ``step`` ones. Nothing writes the state, as far as the run knows.
 
     Args:
         folder: for marks.
         kill: [step, rank] of ranks that SIGKILL themselves.
         damage: the same, with a bit of the newest snapshot flipped before.
-        restore: [step, at_most]: the run goes back after that step, and rank 1 dies in the next one.
     """
 
     def __init__(
-        self,
-        folder: str,
-        kill: list[list[int]] | None = None,
-        damage: list[list[int]] | None = None,
-        restore: list[list[int]] | None = None,
+        self, folder: str, kill: list[list[int]] | None = None, damage: list[list[int]] | None = None
     ) -> None:
         self.folder = Path(folder)
-        self.kill, self.damage, self.restore = kill or [], damage or [], restore or []
+        self.kill, self.damage = kill or [], damage or []
 
     def on_batches(self, trainer: Trainer, batches: list[Batch]) -> None:
         if trainer.num_restores and trainer.rank == 1:
@@ -71,16 +66,34 @@ class Faults(Callback):
                 damage(newest)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, float] | None:
-        for step, at_most in self.restore:
-            if trainer.state.step == step and self._first(f"restored-{step}-{trainer.rank}"):
-                trainer.restore(at_most, reason="the test asks for it")
-                break
-        return None
-
     def _first(self, mark: str) -> bool:
         self.folder.mkdir(exist_ok=True)
         if (self.folder / mark).exists():
             return False
         (self.folder / mark).touch()
         return True
+
+
+class Faults(Kills):
+    """With a hook that may write the state.
+
+    Args:
+        restore: [step, at_most]: the run goes back after that step, and rank 1 dies in the next one.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        kill: list[list[int]] | None = None,
+        damage: list[list[int]] | None = None,
+        restore: list[list[int]] | None = None,
+    ) -> None:
+        super().__init__(folder, kill, damage)
+        self.restore = restore or []
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, float] | None:
+        for step, at_most in self.restore:
+            if trainer.state.step == step and self._first(f"restored-{step}-{trainer.rank}"):
+                trainer.restore(at_most, reason="the test asks for it")
+                break
+        return None

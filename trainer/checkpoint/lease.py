@@ -3,6 +3,7 @@
     <memory_dir>/muster-<uid>/<run>-<key>/
       lease                      held with a shared flock by every worker of the run on this machine
       rank-00000.slot-0 …        snapshots of a rank (trainer/checkpoint/slots.py)
+      rank-00000.log-0 …         what its steps since were given (trainer/checkpoint/updates.py)
       peer-00001.slot-0 …        copies of other nodes' ranks (trainer/checkpoint/peer.py)
 
 A run that was killed or gave up leaves it for its restart. It is removed by the next start of another run on this

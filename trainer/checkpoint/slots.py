@@ -32,7 +32,7 @@ from parallel.engines.base import StateSlice
 from trainer.checkpoint.shards import DTYPE_NAMES, DTYPES
 from trainer.checkpoint.vote import Snapshot
 
-FORMAT = "muster-slot-2"
+FORMAT = "muster-slot-3"
 HEADER_BYTES = 4096
 _ALIGN = 64
 _BLOCK = 8 << 20
@@ -50,6 +50,8 @@ class Header:
         layout: fingerprint of the tensors and their places in the model.
         generation: launch that wrote it.
         checksum: of the tensors, the table and the state (:class:`Sums`).
+        base: of an update (trainer/checkpoint/updates.py), the step of the whole snapshot that it follows; -1:
+            this is one.
     """
 
     run: str
@@ -63,6 +65,7 @@ class Header:
     table_bytes: int
     state_bytes: int
     checksum: str = ""
+    base: int = -1
 
     @property
     def snapshot(self) -> Snapshot:

@@ -229,7 +229,9 @@ def _sealed(scene: Scene) -> list[Slot]:
     if memory is None:
         return []
     memory.wait()
-    known = [(slot.header.step, slot) for slot in memory.slots if slot.header is not None]
+    known = [
+        (slot.header.step, slot) for slot in (*memory.slots, *memory.log.slots) if slot.header is not None
+    ]
     return [slot for _, slot in sorted(known, key=lambda pair: pair[0])]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from parallel.engines.base import StateSlice
+from parallel.engines.base import StateSlice, Update
 from parallel.errors import ConfigError
 from trainer.checkpoint.lease import Lease, clean, memory_folder
 from trainer.checkpoint.memory import Claim, MemoryTier, check_claims
@@ -74,7 +76,7 @@ def test_what_a_killed_process_sealed_is_there(tmp_path: Path) -> None:
 def test_a_changed_bit_anywhere_is_found(tmp_path: Path) -> None:
     memory = tier(tmp_path)
     take(memory, 1, 2, 3)
-    slot = memory.find(Snapshot(3, 0))
+    (slot,) = memory.parts(Snapshot(3, 0))
     header = slot.header
     assert header is not None
     for place in (HEADER_BYTES, HEADER_BYTES + header.data_bytes + 3, header.size - 1):
@@ -110,7 +112,7 @@ def test_what_is_summed_as_it_is_copied_is_what_is_read(tmp_path: Path) -> None:
         memory.snapshot(step, slices, RNG, {}, TIMELINES)
         memory.wait()
         assert memory.fault(Snapshot(step, 0)) is None
-    slot = memory.find(Snapshot(3, 0))
+    (slot,) = memory.parts(Snapshot(3, 0))
     for place in range(HEADER_BYTES, HEADER_BYTES + sum(sizes), 1_000_003):
         slot.bytes[place] ^= 128
         assert "has changed" in str(slot.fault())
@@ -177,3 +179,77 @@ def test_a_mount_that_cannot_be_used_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"checkpoint\.memory_dir=.*snapshots cannot be kept there"):
         Lease(memory_folder(str(tmp_path / "file"), tmp_path), tmp_path)
+
+
+def given(step: int) -> Update:
+    """What a step of ``state`` was given: the value that it leaves."""
+    gradient = StateSlice("grad.w", (1,), (0,), torch.tensor([float(step)]), owner=True)
+    buffer = StateSlice("model.t", (5, 2), (0, 0), state(step)[-1].tensor, owner=True)
+    return Update(0.5 * step, None, [gradient], frozenset(), [buffer])
+
+
+def logged(root: Path) -> MemoryTier:
+    run_dir = root / "runs" / "a" / "1"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    made = MemoryTier(Lease(memory_folder(str(root), run_dir), run_dir), 0, 1, 0, "layout", 3, num_updates=2)
+    made.claim("here", state(0), RNG, given(0))
+    made.prepare(torch.device("cpu"))
+    return made
+
+
+def log(memory: MemoryTier, *steps: int, timelines: Timelines = TIMELINES) -> None:
+    for step in steps:
+        memory.snapshot(step, state(step), RNG, {"step": step}, timelines, update=given(step))
+    memory.wait()
+
+
+def test_updates_count_with_the_snapshot_that_they_follow_and_with_each_other(tmp_path: Path) -> None:
+    memory = logged(tmp_path)
+    log(memory, 1, 2, 3, 4, 5, 6)
+    assert offered(memory) == [1, 4, 5, 6], "2 gave its place to 6, and 3 is nothing without it"
+    into, done = state(0), []
+
+    def again(lr: float, skip: Tensor | None, gradients: Mapping[str, Tensor]) -> None:
+        assert skip is None
+        done.append((lr, float(gradients["w"])))
+
+    found, tensors = memory.load(Snapshot(6, 0), into, list(RNG), again)
+    assert found == {"step": 6} and torch.equal(tensors["torch_rng"], RNG["torch_rng"])
+    assert done == [(2.5, 5.0), (3.0, 6.0)]
+    assert torch.equal(into[0].tensor, state(4)[0].tensor) and torch.equal(into[4].tensor, state(6)[4].tensor)
+
+    middle = memory.parts(Snapshot(6, 0))[1]
+    middle.bytes[HEADER_BYTES] ^= 4
+    assert "rank-00000.log-" in str(memory.fault(Snapshot(6, 0)))
+    assert offered(memory) == [1, 4], "without 5 there is no 6"
+    memory.remove()
+    assert not memory.lease.folder.exists()
+
+
+def test_what_else_changes_the_state_is_copied_whole(tmp_path: Path) -> None:
+    memory = logged(tmp_path)
+
+    def is_whole(step: int) -> bool:
+        memory.wait()
+        return len(memory.parts(Snapshot(step, 0))) == 1
+
+    log(memory, 1, 2)
+    assert is_whole(1) and not is_whole(2)
+    memory.start_anew()
+    log(memory, 3)
+    assert is_whole(3)
+    take(memory, 4)  # nobody knows what the step was given
+    assert is_whole(4)
+    memory.snapshot(5, state(5), RNG, {}, TIMELINES, on_sealed=lambda slot: None, update=given(5))
+    assert is_whole(5), "a peer keeps nothing to build upon"
+    log(memory, 6)
+    assert not is_whole(6)
+    later = Timelines("run", [0, 6])
+    log(memory, 7, timelines=later)
+    assert len(memory.parts(Snapshot(7, 1))) == 1, "updates of a future that was given up are not built upon"
+    log(memory, 8, timelines=later)
+    other = logged(tmp_path)
+    assert offered(other) == offered(memory) and len(other.parts(Snapshot(8, 1))) == 2
+    log(other, 9, timelines=later)
+    assert len(other.parts(Snapshot(9, 1))) == 1, "another process begins with everything"
+    memory.remove()
