@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING
 
 from bench import quickstart
 from bench.here import RESULTS, measured
+from parallel.engines.base import Replayable
 from trainer.callbacks import Callback
 
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
     from trainer.loop import Trainer
 
-BLOCK = 5
-"""Steps."""
+BLOCK = 8
+"""Steps: two snapshots of everything, each with the three updates after it (``checkpoint.memory_log``)."""
 WARM_UP = 2
 """Blocks."""
 
@@ -50,7 +51,10 @@ class Blocks(Callback):
             self._turn(trainer)
 
     def _turn(self, trainer: Trainer) -> None:
-        trainer.cadence.every = 1 - len(self.blocks) % 2
+        on = 1 - len(self.blocks) % 2
+        trainer.cadence.every = on
+        assert isinstance(trainer.engine, Replayable)
+        trainer.engine.keep_updates = bool(on)
         self.began = time.perf_counter(), time.process_time()
 
     def _end(self, trainer: Trainer) -> None:
