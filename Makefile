@@ -13,12 +13,14 @@ help: ## show this list
 
 setup: $(READY) ## make .venv and install Muster with the tested versions (again: does nothing)
 
-# torch comes first, by itself: later packages then find it and ask for no other build.
+# torch comes first, by itself: later packages then find it and ask for no other build. Byte code is made at the end,
+# on all cores, and not by pip, on one; a package may hold files of another Python, which nobody imports.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Muster needs Python 3.11 or newer: make setup PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 	touch $(READY)
 
 train: setup ## the main job: train a Mixture-of-Experts on two processes (ARGS="train.steps=600" changes it)

@@ -17,6 +17,8 @@ def test_twenty_interruptions_change_no_bit(workplace: Workplace) -> None:
     assert (verdict["injected"], verdict["survived"], verdict["bit_identical"]) == (20, 20, True)
     assert len({fault["component"] for fault in verdict["faults"]}) == 18
     assert len(verdict["by_kind"]) >= 12, "of different mechanisms"
-    kills = [fault for fault in verdict["faults"] if fault["kind"] in ("kill", "segfault", "exception", "abort")]
+    kills = [
+        fault for fault in verdict["faults"] if fault["kind"] in ("kill", "segfault", "exception", "abort")
+    ]
     assert kills and not any(fault["lost_steps"] for fault in kills), "memory has every step"
     assert_nothing_left(workplace)

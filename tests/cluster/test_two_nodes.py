@@ -48,6 +48,7 @@ def assert_same(workplace: Workplace, calm: Workplace) -> None:
     assert_nothing_left(workplace)
 
 
+@pytest.mark.long
 def test_a_killed_rank_of_the_other_node_comes_back(
     workplace: Workplace, nodes: list[Host], calm: Workplace
 ) -> None:

@@ -18,27 +18,20 @@ def records(workplace: Workplace) -> dict[str, dict[str, str]]:
     return {" ".join(point["overrides"]): point for point in points}
 
 
-def test_every_combination_is_a_run_of_one_group(workplace: Workplace) -> None:
-    sweep = ["layout=dense,mixtral", "optim.lr=1e-3,3e-4", "train.steps=2"]
+def test_every_choice_is_a_run_of_one_group(workplace: Workplace) -> None:
+    sweep = ["layout=dense,mixtral", "optim.lr=1e-3", "train.steps=2"]
     output = workplace.train("-m", *sweep, "run.id=null")
     points = records(workplace)
-    assert sorted(points) == [
-        f"layout={a} optim.lr={b}" for a in ("dense", "mixtral") for b in ("0.0003", "0.001")
-    ]
+    assert sorted(points) == ["layout=dense", "layout=mixtral"], "what all points have is not said with each"
     for overrides, point in points.items():
         assert point["status"] == "done"
         assert f"point {point['number']}: {overrides}" in output
     table = output[output.index("sweep ") :]  # its columns may fold, so only short words are looked for
-    assert table.count("done") == 4
+    assert table.count("done") == 2
     configs = [load_frozen(path) for path in workplace.run_dir.parent.glob("*/config.yaml")]
-    assert len(configs) == 4
+    assert len(configs) == 2
     assert len({config.run.group for config in configs}) == 1 and configs[0].run.group
-    assert sorted((c.layout.name, c.optim.lr) for c in configs) == [
-        ("dense", 0.0003),
-        ("dense", 0.001),
-        ("mixtral", 0.0003),
-        ("mixtral", 0.001),
-    ]
+    assert sorted((c.layout.name, c.optim.lr) for c in configs) == [("dense", 0.001), ("mixtral", 0.001)]
 
 
 @pytest.mark.long

@@ -364,6 +364,7 @@ def test_accelerate_launch_trains_the_same_bits(workplace: Workplace, calm: Work
     assert workplace.losses() == calm.losses()
 
 
+@pytest.mark.long
 def test_a_contradiction_in_the_launcher_is_one_message(workplace: Workplace) -> None:
     line = next(line for line in documented("bash") if "--config_file" not in line)
     line = line.replace("--mixed_precision no", "--mixed_precision bf16")
