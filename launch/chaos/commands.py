@@ -47,6 +47,9 @@ class Commands:
             self._start(host)
         while any(child.poll() is None for child in self._children.values()):
             poll()
+            for host, child in self._children.items():
+                if host is not None and (child.poll() or 0) < 0:  # its agent was killed: as a launcher would
+                    self._start(host)
             time.sleep(_POLL_SECONDS)
         poll()
         codes = [child.returncode for child in self._children.values()]

@@ -15,11 +15,17 @@ NODES = ["launcher.nproc_per_node=1", "resilience.node_timeout_seconds=5"]
 @pytest.mark.long
 def test_a_lost_node_and_a_link_that_comes_back(workplace: Workplace) -> None:
     need("ip", "unshare")
-    schedule = write_schedule(workplace, (5, 1, "node-lost", "backward"), (11, 0, "link-flap", "forward"))
-    chaos(workplace, *NODES, "chaos.nodes=2", "train.steps=16", f"chaos.schedule={schedule}")
+    schedule = write_schedule(
+        workplace,
+        (4, 1, "node-lost", "backward"),
+        (8, 0, "agent-kill", "forward"),
+        (12, 0, "link-flap", "forward"),
+    )
+    chaos(workplace, *NODES, "chaos.nodes=2", "train.steps=17", f"chaos.schedule={schedule}")
     found = verdict(workplace, "a")
-    assert (found["injected"], found["survived"], found["bit_identical"]) == (2, 2, True)
-    assert (found["faults"][0]["detected"], found["commands"]) == ("node-lost", 1)
+    assert (found["injected"], found["survived"], found["bit_identical"]) == (3, 3, True)
+    assert [fault["detected"] for fault in found["faults"][:2]] == ["node-lost", "node-lost"]
+    assert found["commands"] == 1, "a node whose agent was killed runs its command again, beside the other"
     assert_nothing_left(workplace)
 
 
