@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from parallel.engines.base import Replayable, forget_gathered
+from parallel.engines.base import Replayable, Update, forget_gathered
 from parallel.errors import ConfigError
 from trainer.checkpoint.election import Election
 from trainer.checkpoint.memory import Claim, check_claims, rank_tensors_of
@@ -101,6 +101,9 @@ def _load(trainer: Trainer, at_most: int | None) -> _Loaded:
         trainer.members,
     )
     slices, rank_tensors = list(trainer.engine.named_state()), rank_tensors_of(trainer.stepper.device)
+    update = _example_update(trainer)
+    if update is not None and trainer.memory is not None:
+        trainer.memory.log.plan(update, rank_tensors)
     choice = election.run(slices, rank_tensors, at_most)
     checkpoint, path = election.checkpoint, ""
     alarms = election.alarms
@@ -210,10 +213,9 @@ def _reserve(trainer: Trainer) -> list[Alarm]:
     if memory is None:
         return []
     slices, rank_tensors = list(trainer.engine.named_state()), rank_tensors_of(trainer.stepper.device)
-    peers, engine, update = trainer.peers, trainer.engine, None
+    peers, engine = trainer.peers, trainer.engine
     all_sent = peers is not None and trainer.config.checkpoint.peer_every in (-1, 1)
-    if memory.log.length and not all_sent and isinstance(engine, Replayable) and engine.can_replay:
-        update = engine.example_update()
+    update = None if all_sent else _example_update(trainer)
     claim = memory.claim(socket.gethostname(), slices, rank_tensors, update)
     if peers is not None:
         claim = replace(claim, missing=claim.missing + peers.missing(trainer.rank, trainer.members))
@@ -239,6 +241,14 @@ def _reserve(trainer: Trainer) -> list[Alarm]:
     trainer.give_memory_back()
     trainer.cadence.every, trainer.cadence.automatic = 0, False
     return [("memory_tier", f"no snapshots in memory: {error}")]
+
+
+def _example_update(trainer: Trainer) -> Update | None:
+    """One of the form that snapshots may be given; None: they are all of everything."""
+    engine, memory = trainer.engine, trainer.memory
+    if memory is None or not memory.log.length or not isinstance(engine, Replayable) or not engine.can_replay:
+        return None
+    return engine.example_update()
 
 
 def _start_fields(trainer: Trainer, generation: int, device: torch.device) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Update:
         gradients: of this rank's parameter slices, after clipping, named ``grad.layers.0.moe.experts.w1``.
         missing: names of the parameters that had none; any tensor of the right shape stands for theirs.
         buffers: the persistent ones as they are now; no step computes them from gradients.
+        recipe: what computes, and its settings but for ``lr``: another one would compute another state.
     """
 
     lr: float
@@ -50,6 +51,7 @@ class Update:
     gradients: Sequence[StateSlice]
     missing: frozenset[str]
     buffers: Sequence[StateSlice]
+    recipe: str
 
 
 Replay = Callable[[float, Tensor | None, Mapping[str, Tensor]], None]

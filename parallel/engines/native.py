@@ -134,7 +134,12 @@ class NativeEngine:
             for name, g in found.items()
         ]
         missing = frozenset(name for name, g in found.items() if g is None)
-        return Update(lr, skip, slices, missing, list(self._buffers()))
+        settings = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
+        recipe = f"{torch.__version__} {self.device.type} {type(self._fused_optimizer()).__name__} {settings}"
+        return Update(lr, skip, slices, missing, list(self._buffers()), recipe)
 
     @torch.no_grad()
     def replay(self, lr: float, skip: Tensor | None, gradients: Mapping[str, Tensor]) -> None:

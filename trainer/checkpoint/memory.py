@@ -148,8 +148,8 @@ class MemoryTier:
         began = time.perf_counter()
         self.wait()
         assert self._plan is not None, "claim() comes first"
-        self._run, layout, base = timelines.run, self._plan.layout, self.log.base
-        if update is not None and on_sealed is None and self.log.follows(step, timelines.current):
+        self._run, base = timelines.run, self.log.base
+        if update is not None and on_sealed is None and self.log.follows(update, step, timelines.current):
             assert base is not None
             plan, sources = self.log.plan(update, rank_tensors), updates.sources(update, rank_tensors)
             state = {**state, **updates.facts(update)}
@@ -165,7 +165,7 @@ class MemoryTier:
         sums = slot.fill(plan, sources)
         text = json.dumps(state, separators=(",", ":")).encode()
         header = Header(
-            timelines.run, self.rank, self.world_size, layout, self.generation, timelines.current, step,
+            timelines.run, self.rank, self.world_size, plan.layout, self.generation, timelines.current, step,
             plan.data_bytes, len(plan.table), len(text), base=-1 if base is None else base.step,
         )  # fmt: skip
         if any(source.is_cuda for source in sources):

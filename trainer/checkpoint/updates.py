@@ -37,6 +37,7 @@ class UpdateLog:
     Attributes:
         slots: one more than a chain is long: ranks may have to go back over the newest whole snapshot to the end
             of the chain before it, while the first update after it is written.
+        layout: of the entries that this process can use, optimizer included; empty: of none.
         base: the whole snapshot that the next update may follow, itself or by others; None: there is none.
     """
 
@@ -45,22 +46,29 @@ class UpdateLog:
         self.slots = [Slot(folder / f"rank-{rank:05d}.log-{index}") for index in range(count)]
         self.length = length
         self.base: Snapshot | None = None
+        self.layout = self._recipe = ""
         self._plan: Plan | None = None
 
     def plan(self, update: Update, rank_tensors: Mapping[str, Tensor]) -> Plan:
-        """How an entry is laid out; made once."""
+        """How an entry is laid out; made once, before what is there is looked at."""
         if self._plan is None:
-            self._plan = make_plan(_slices(update), _own(update, rank_tensors), "update")
+            self._plan = make_plan(_slices(update), _own(update, rank_tensors), update.recipe)
+            self.layout, self._recipe = self._plan.layout, update.recipe
         return self._plan
 
-    def follows(self, step: int, timeline: int) -> bool:
-        """Whether the update of this step may be kept alone."""
+    def follows(self, update: Update, step: int, timeline: int) -> bool:
+        """Whether the update of this step may be kept alone.
+
+        Not where a hook has changed the optimizer's settings: who starts again replays before any hook is called.
+        """
         base = self.base
-        return base is not None and base.timeline == timeline and base.step < step <= base.step + self.length
+        if base is None or update.recipe != self._recipe:
+            return False
+        return base.timeline == timeline and base.step < step <= base.step + self.length
 
     def chain(self, header: Header) -> list[Slot]:
         """The sealed updates that follow a whole snapshot, in order."""
-        mine = (header.run, header.rank, header.world_size, header.layout, header.timeline, header.step)
+        mine = (header.run, header.rank, header.world_size, self.layout, header.timeline, header.step)
         by_step = {
             h.step: slot
             for slot in self.slots

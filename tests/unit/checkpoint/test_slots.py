@@ -181,18 +181,18 @@ def test_a_mount_that_cannot_be_used_is_one_error(tmp_path: Path) -> None:
         Lease(memory_folder(str(tmp_path / "file"), tmp_path), tmp_path)
 
 
-def given(step: int) -> Update:
+def given(step: int, recipe: str = "sgd") -> Update:
     """What a step of ``state`` was given: the value that it leaves."""
     gradient = StateSlice("grad.w", (1,), (0,), torch.tensor([float(step)]), owner=True)
     buffer = StateSlice("model.t", (5, 2), (0, 0), state(step)[-1].tensor, owner=True)
-    return Update(0.5 * step, None, [gradient], frozenset(), [buffer])
+    return Update(0.5 * step, None, [gradient], frozenset(), [buffer], recipe)
 
 
-def logged(root: Path) -> MemoryTier:
+def logged(root: Path, recipe: str = "sgd") -> MemoryTier:
     run_dir = root / "runs" / "a" / "1"
     run_dir.mkdir(parents=True, exist_ok=True)
     made = MemoryTier(Lease(memory_folder(str(root), run_dir), run_dir), 0, 1, 0, "layout", 3, num_updates=2)
-    made.claim("here", state(0), RNG, given(0))
+    made.claim("here", state(0), RNG, given(0, recipe))
     made.prepare(torch.device("cpu"))
     return made
 
@@ -252,4 +252,11 @@ def test_what_else_changes_the_state_is_copied_whole(tmp_path: Path) -> None:
     assert offered(other) == offered(memory) and len(other.parts(Snapshot(8, 1))) == 2
     log(other, 9, timelines=later)
     assert len(other.parts(Snapshot(9, 1))) == 1, "another process begins with everything"
+    other.snapshot(10, state(10), RNG, {}, later, update=given(10, "sgd with momentum"))
+    other.wait()
+    assert len(other.parts(Snapshot(10, 1))) == 1, "a hook has changed the optimizer"
+    log(other, 11, timelines=later)
+    assert 11 in offered(other)
+    resumed = logged(tmp_path, "adam")
+    assert set(offered(other)) - set(offered(resumed)) == {8, 11}, "another optimizer has no use for them"
     memory.remove()
