@@ -79,7 +79,8 @@ def page(verdict: dict[str, Any], head: str, line: str, output: str) -> str:
         "recovery, median": f"{total['median'] or 0:.2f} s",
         "recovery, p99": f"{total['p99'] or 0:.2f} s",
     }
-    cells |= {"commands": str(verdict["commands"]), "seconds": f"{verdict['seconds']:.0f}"}
+    # A run that was stopped is gone on with by the same call.
+    cells |= {"commands, last call": str(verdict["commands"]), "seconds, last call": f"{verdict['seconds']:.0f}"}
     components: dict[str, list[dict[str, Any]]] = {}
     for fault in verdict["faults"]:
         components.setdefault(fault["component"], []).append(fault)
