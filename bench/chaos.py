@@ -80,7 +80,10 @@ def page(verdict: dict[str, Any], head: str, line: str, output: str) -> str:
         "recovery, p99": f"{total['p99'] or 0:.2f} s",
     }
     # A run that was stopped is gone on with by the same call.
-    cells |= {"commands, last call": str(verdict["commands"]), "seconds, last call": f"{verdict['seconds']:.0f}"}
+    cells |= {
+        "commands, last call": str(verdict["commands"]),
+        "seconds, last call": f"{verdict['seconds']:.0f}",
+    }
     components: dict[str, list[dict[str, Any]]] = {}
     for fault in verdict["faults"]:
         components.setdefault(fault["component"], []).append(fault)
