@@ -3,8 +3,9 @@
     make bench-every-step [ARGS="--rounds 20"]
 
 Two ranks train side by side as `muster train experiment=quickstart` does. One callback turns snapshots of the
-running trainer on for a block of steps, off for the next, so that both see the same load of the machine; the
-checksum of a block's last snapshot, which is made behind the next step, is waited for within the block. Writes
+running trainer on for a block of steps, off for another, so that both see the same load of the machine; every other
+round begins with the one without. The checksum of a block's last snapshot, which is made behind the next step, is
+waited for within the block. Writes
 bench/results/every_step.md: median step of each, and the median over rounds of (on / off - 1) with the 95 %
 interval of that median (bootstrap); of the time on the clock, and of the processor time of a rank, which a shared
 machine disturbs less. Two ranks on two cores leave no core idle: what costs processor time costs throughput.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from bench import quickstart
 from bench.here import RESULTS, measured
+from bench.paired import interval
 from parallel.engines.base import Replayable
 from trainer.callbacks import Callback
 
@@ -36,7 +37,7 @@ WARM_UP = 2
 
 
 class Blocks(Callback):
-    """Blocks of steps with a snapshot each and blocks without, in turn; rank 0 writes the seconds of each block."""
+    """Blocks of steps with a snapshot each and blocks without; rank 0 writes the seconds of each block."""
 
     def __init__(self, file: str) -> None:
         self.file = Path(file)
@@ -51,7 +52,7 @@ class Blocks(Callback):
             self._turn(trainer)
 
     def _turn(self, trainer: Trainer) -> None:
-        on = 1 - len(self.blocks) % 2
+        on = int(len(self.blocks) % 4 in (0, 3))
         trainer.cadence.every = on
         assert isinstance(trainer.engine, Replayable)
         trainer.engine.keep_updates = bool(on)
@@ -74,19 +75,14 @@ def measure(rounds: int) -> tuple[list[str], dict[str, list[list[float]]]]:
     """The command's overrides, and by clock the (seconds a step with, without) of each round."""
     overrides = [f"train.steps={BLOCK * (2 * rounds + WARM_UP) + 1}", "checkpoint.memory_every=1"]
     blocks = quickstart.run("bench.every_step:Blocks", *overrides)
-    assert [on for on, *_ in blocks] == [True, False] * rounds
-    by_clock = {}
-    for name, at in (("wall", 1), ("processor", 2)):
-        steps = [block[at] / BLOCK for block in blocks]
-        by_clock[name] = [steps[at : at + 2] for at in range(0, 2 * rounds, 2)]
+    by_clock: dict[str, list[list[float]]] = {"wall": [], "processor": []}
+    for pair in zip(blocks[::2], blocks[1::2], strict=True):
+        without, with_ = sorted(pair)
+        assert not without[0] and with_[0]
+        for name, at in (("wall", 1), ("processor", 2)):
+            by_clock[name].append([with_[at] / BLOCK, without[at] / BLOCK])
+    assert len(by_clock["wall"]) == rounds
     return [*quickstart.QUIET, *overrides], by_clock
-
-
-def interval(costs: list[float]) -> tuple[float, float]:
-    """95 % interval of their median."""
-    dice = random.Random(0)
-    medians = sorted(median(dice.choices(costs, k=len(costs))) for _ in range(2000))
-    return medians[50], medians[-51]
 
 
 def main() -> None:
