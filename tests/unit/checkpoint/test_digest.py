@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import struct
 
 import pytest
 import torch
@@ -35,15 +34,26 @@ def test_digest_does_not_depend_on_the_layout(world_size: int, monkeypatch: pyte
 
 
 def test_digest_is_the_documented_sum() -> None:
-    tensor = torch.tensor([[1.5, -2.0], [0.0, 3.0]])
-    lanes = []
-    for lane in range(2):
-        total = 0
-        for index, value in enumerate(tensor.reshape(-1).tolist()):
-            word = int.from_bytes(struct.pack("<f", value), "little", signed=True) % 2**64
-            total += mix64_int(mix64_int(index ^ name_key("model.w", lane)) ^ word)
-        lanes.append(total % 2**64)
-    assert digest_of(tensor) == f"{lanes[1]:016x}{lanes[0]:016x}"
+    tensor = torch.randn(3, 50_000)  # three blocks of places
+    tensor[0, :4] = torch.tensor([1.5, -2.0, 0.0, -0.0])
+    key, lanes = name_key("model.w"), [0, 0]
+    for index, word in enumerate(tensor.reshape(-1).view(torch.int32).tolist()):
+        hashed = mix64_int(index % 65536)
+        z = mix64_int(hashed ^ mix64_int(key ^ index // 65536) ^ word % 2**64)
+        lanes[0] += z
+        lanes[1] += z * (mix64_int(hashed) | 1)
+    assert digest_of(tensor) == f"{lanes[1] % 2**64:016x}{lanes[0] % 2**64:016x}"
+
+
+def test_elements_that_are_no_neighbours_are_the_same_sum() -> None:
+    tensor = torch.randn(7, 30, 1000)
+    whole = digest_of(tensor)
+    columns = [(0, 11), (11, 400), (400, 1000)]
+    parts = [
+        weights_digest([slice_of("model.w", tensor, ((0, 0, low), (7, 30, high - low)))])
+        for low, high in columns
+    ]
+    assert combine(parts) == whole
 
 
 def test_every_bit_of_every_tensor_matters() -> None:
