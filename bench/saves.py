@@ -38,6 +38,7 @@ from parallel.engines.base import StateSlice
 from trainer.checkpoint.durable import DurableCheckpointer
 
 STEPS = 10
+KEEP = 2  # checkpoints, the default of Muster
 Saver = Callable[[int], Callable[[], None]]
 """Begins a save of a step; what it returns waits for its end."""
 
@@ -45,7 +46,7 @@ Saver = Callable[[int], Callable[[], None]]
 def muster_saver(work: Work, folder: Path, rank: int, world_size: int) -> Saver:
     """Muster's durable tier on the weights and both slots of AdamW."""
     saver = DurableCheckpointer(
-        folder, rank, world_size, "bench", keep_last=1, keep_every=0, timeout_seconds=60
+        folder, rank, world_size, "bench", keep_last=KEEP, keep_every=0, timeout_seconds=60
     )
 
     def slices() -> list[StateSlice]:
@@ -69,14 +70,14 @@ def muster_saver(work: Work, folder: Path, rank: int, world_size: int) -> Saver:
 
 
 def dcp_saver(work: Work, folder: Path) -> Saver:
-    """DCP's `async_save`; the checkpoint before is removed, as Muster's is."""
+    """DCP's `async_save`; older checkpoints are removed, as Muster's are."""
     group, staging = dist.new_group(backend="gloo"), stager()
 
     def save(step: int) -> Callable[[], None]:
         weights, slots = get_state_dict(work.objective, work.optimizer)
         made: Any = dcp.async_save(
             {"model": weights, "optimizer": slots},
-            checkpoint_id=str(folder / f"step-{step}"),
+            checkpoint_id=str(folder / f"step-{step:08d}"),
             process_group=group,
             async_stager=staging,
         )
@@ -85,9 +86,8 @@ def dcp_saver(work: Work, folder: Path) -> Saver:
         def end() -> None:
             future.result()
             if dist.get_rank() == 0:
-                for old in folder.glob("step-*"):
-                    if old.name != f"step-{step}":
-                        shutil.rmtree(old)
+                for old in sorted(folder.glob("step-*"))[:-KEEP]:
+                    shutil.rmtree(old)
 
         return end
 
@@ -138,7 +138,7 @@ def worker(config: Path, folder: Path, rounds: int) -> None:
 def main() -> None:
     """Start the ranks, read what they measured, write the page."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -126,6 +126,7 @@ class DurableCheckpointer:
         self._error: Exception | None = None
         self._finished: list[SaveResult] = []
         self._best_pending: int | None = None
+        self._sound: set[int] = set()
         # Guards the four fields above it and every change of which steps exist and which is best.
         self._lock = threading.Lock()
 
@@ -277,18 +278,27 @@ class DurableCheckpointer:
         return sum(entry.bytes for entry in manifest.files.values())
 
     def _settle(self, attempt: Attempt) -> None:
-        """After a commit: the best link, then removal of what is no longer needed, if this one is sound."""
+        """After a commit: the best link, then removal of what is no longer needed.
+
+        Only what is older than a checkpoint that stays and was read back from the disk: one reading serves until
+        that one is to go itself.
+        """
+        self._sound.discard(attempt.step)  # it may have taken the place of another one
         with self._lock:
             if self._best_pending == attempt.step:
                 self._link_best(attempt.step)
             self._in_flight = self._best_pending = None
         rules = (self.directory, attempt.step, self.keep_last, self.keep_every)
-        if not surplus(*rules):
+        going = surplus(*rules)
+        if not going:
             return
-        check_stored(attempt.final)
+        newest, _ = going[-1]
+        if not any(step > newest and self.committed(step) for step in self._sound):
+            check_stored(attempt.final)
+            self._sound.add(attempt.step)
         try:
             with self._lock:  # asked again: ``best`` may have moved meanwhile
-                hidden = [hide(path) for path in surplus(*rules)]
+                hidden = [hide(path) for _, path in surplus(*rules)]
         except OSError as error:
             raise storage_error(error, self.directory, 0) from error
         for path in hidden:

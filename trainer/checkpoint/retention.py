@@ -20,13 +20,13 @@ def link_best(directory: Path, step: int, attempt: str) -> None:
     fsync_directory(directory)
 
 
-def surplus(directory: Path, step: int, keep_last: int, keep_every: int) -> list[Path]:
+def surplus(directory: Path, step: int, keep_last: int, keep_every: int) -> list[tuple[int, Path]]:
     """Steps older than the newly committed ``step`` that no rule keeps; the oldest first."""
     link = directory / BEST
     best = link.readlink().name if link.is_symlink() else None
     older = [(number, path) for number, path in step_directories(directory) if number < step]
     return [
-        path
+        (number, path)
         for number, path in reversed(older[keep_last - 1 :])
         if not (keep_every and number % keep_every == 0) and path.name != best
     ]

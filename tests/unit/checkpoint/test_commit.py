@@ -371,6 +371,22 @@ def test_nothing_is_removed_if_the_newer_one_does_not_read_back(
     assert found is not None and found.step == 1
 
 
+def test_one_that_was_read_back_serves_until_it_goes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(durable, "check_stored", lambda path: read.append(path.name))
+    own = checkpointer(tmp_path, keep_last=2)
+    run_steps(own, [1, 2, 3, 4])
+    assert read == ["step-00000003"]  # 1 went, then 2: both are older than 3, which stayed
+    run_steps(own, [5, 6, 7])
+    assert read == ["step-00000003", "step-00000005", "step-00000007"]
+    run_steps(own, [7])  # another one in its place is not known to be sound
+    run_steps(own, [8])
+    assert read[3:] == ["step-00000008"]
+    assert visible(tmp_path) == ["step-00000007", "step-00000008"]
+
+
 def test_trainer_state_that_is_not_json_is_the_callers_error(tmp_path: Path) -> None:
     own = checkpointer(tmp_path)
     with pytest.raises(TypeError):
