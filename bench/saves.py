@@ -37,7 +37,7 @@ from bench.survival import BIN, REPO, freeze
 from parallel.engines.base import StateSlice
 from trainer.checkpoint.durable import DurableCheckpointer
 
-STEPS = 10
+STEPS = 3
 KEEP = 2  # checkpoints, the default of Muster
 Saver = Callable[[int], Callable[[], None]]
 """Begins a save of a step; what it returns waits for its end."""
@@ -138,7 +138,7 @@ def worker(config: Path, folder: Path, rounds: int) -> None:
 def main() -> None:
     """Start the ranks, read what they measured, write the page."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -155,7 +155,8 @@ def main() -> None:
         environment = {**os.environ, "PYTHONPATH": str(REPO), "MUSTER_CACHE": str(folder / "cache")}
         subprocess.run(command, check=True, cwd=folder, env=environment)
         blocks = json.loads((folder / "blocks-0.json").read_text())
-        size = sum(path.stat().st_size for path in (folder / "dcp").rglob("*.distcp"))
+        newest = max((folder / "dcp").glob("step-*"))
+        size = sum(path.stat().st_size for path in newest.rglob("*.distcp"))
     finally:
         shutil.rmtree(folder)
     lost: dict[str, list[float]] = {"Muster": [], "DCP": []}
