@@ -40,7 +40,6 @@ from trainer.checkpoint.files import (
     check_writable,
     remove_tree,
     storage_error,
-    yield_to_others,
 )
 from trainer.checkpoint.format import MANIFEST, step_name
 from trainer.checkpoint.retention import check_stored, hide, link_best, surplus
@@ -243,7 +242,6 @@ class DurableCheckpointer:
     ) -> None:
         """The writer thread: all of a save after the copy. Errors are kept for :meth:`wait`."""
         began = time.perf_counter()
-        yield_to_others()
         try:
             try:
                 size = self._commit(attempt, staged, trainer, info)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 import tempfile
-import threading
 from pathlib import Path
 
 from parallel.errors import ConfigError
@@ -120,13 +118,3 @@ def write_durably(path: Path, content: bytes) -> None:
 def remove_tree(directory: Path) -> None:
     """Remove a directory that another process may be removing or filling as well; best effort."""
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def yield_to_others() -> None:
-    """From now on this thread takes the processor time that others leave (nice 19); on Linux.
-
-    A save is in no hurry: it ends long before the next one begins. Training is, and where its processes keep every
-    core busy, what a save takes of them lengthens the step; but it waits for exchanges now and then.
-    """
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
