@@ -1,9 +1,9 @@
 """Does a run that is killed again and again ever end with another bit? Random kills of a small run, cycle by cycle.
 
-    make bench-cycles [ARGS="--cycles 1000 --folder runs/cycles"]
+    make bench-cycles [ARGS="--cycles 1000"]
 
-One run on two ranks goes on in chunks of steps. While a chunk runs, processes are killed (SIGKILL) at random
-moments:
+Run after run on two ranks, each from a seed of its own. While it trains, processes are killed (SIGKILL) at
+random moments:
 
     rank     a random rank, between or in steps
     all      both ranks at once
@@ -11,10 +11,10 @@ moments:
     start    a random process under the agent (a worker or the standby) while the group is starting again
     agent    the agent; `muster resume` goes on
 
-After each chunk a second run, which nobody disturbs, goes to the same step, and both must have the same loss at
-every step, each logged once, and the same digest of the weights. A cycle is one kill and what it takes to be
-training again.
-Resumable: what was done stands in the folder; the same command goes on. Writes bench/results/cycles.md.
+Then the same seed trains without a kill, and both must have the same loss at every step, each logged once, and
+the same digest of the weights. A cycle is one kill and what it takes to be training again.
+Every pair of runs is a line of bench/results/cycles.jsonl; the same command goes on from there, on any machine.
+Writes bench/results/cycles.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,17 +45,18 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "bench" / "results" / "cycles.md"
+LEDGER = RESULTS.with_suffix(".jsonl")
+STEPS = 600
 MODEL = [
     *("device=cpu", "model.dim=32", "model.num_layers=2", "model.num_heads=4", "model.ffn_dim=48"),
     *("layout=mixtral", "data=stdlib", "data.tokenizer.vocab_size=512", "train.seq_len=32"),
     *("train.global_batch=8", "train.num_threads=1", "optim.schedule=constant", "optim.warmup_steps=0"),
     *("launcher.nproc_per_node=2", "parallel.ep=2", "eval.every=0", "eval.sample_tokens=0"),
-    *("checkpoint.every=10", "resilience.max_restarts=1000000"),
+    *(f"train.steps={STEPS}", "checkpoint.every=10", "resilience.max_restarts=1000000"),
     *("logger.terminal=off", "logger.wandb.mode=disabled", "run.name=cycles"),
 ]
 KINDS = {"rank": 8, "all": 4, "save": 4, "start": 3, "agent": 1}
 """How often each is drawn."""
-CHUNK_STEPS = 300
 MOST_STEPS = 25
 """Before a kill, counted from the first step after the one before."""
 PATIENCE_SECONDS = 300.0
@@ -82,17 +84,16 @@ def where(folder: Path, rank: int) -> tuple[int, int]:
 class Run:
     """The run ``name`` under ``folder``, one command at a time."""
 
-    def __init__(self, folder: Path, name: str, callbacks: str) -> None:
-        self.folder, self.name, self.callbacks = folder, name, callbacks
+    def __init__(self, folder: Path, name: str, more: list[str]) -> None:
+        self.folder, self.name, self.more = folder, name, more
         self.run_dir = folder / "runs" / "cycles" / name
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, steps: int) -> None:
-        """Train up to a step, from wherever the run is."""
-        muster, more = str(Path(sys.executable).parent / "muster"), [f"train.steps={steps}", self.callbacks]
-        begun = (self.run_dir / "config.yaml").exists()
-        command = [muster, "resume", str(self.run_dir), *more] if begun else [
-            muster, "train", *MODEL, *more, f"run.root={self.folder / 'runs'}", f"run.id={self.name}",
+    def start(self) -> None:
+        """Train from wherever the run is."""
+        muster, begun = str(Path(sys.executable).parent / "muster"), (self.run_dir / "config.yaml").exists()
+        command = [muster, "resume", str(self.run_dir)] if begun else [
+            muster, "train", *MODEL, *self.more, f"run.root={self.folder / 'runs'}", f"run.id={self.name}",
         ]  # fmt: skip
         with (self.folder / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -126,8 +127,8 @@ class Run:
 class Killer:
     """Kills processes of a run until it is finished."""
 
-    def __init__(self, run: Run, notes: Path, dice: random.Random, steps: int) -> None:
-        self.run, self.notes, self.dice, self.steps = run, notes, dice, steps
+    def __init__(self, run: Run, notes: Path, dice: random.Random) -> None:
+        self.run, self.notes, self.dice = run, notes, dice
         self.kills: Counter[str] = Counter()
 
     def _until(self, condition: Any) -> bool:
@@ -169,7 +170,7 @@ class Killer:
         if kind == "agent":
             process.kill()
             process.wait()
-            self.run.start(self.steps)
+            self.run.start()
         else:
             for pid in pids.values() if kind == "all" else [self.dice.choice(list(pids.values()))]:
                 self._kill(pid)
@@ -182,52 +183,61 @@ class Killer:
         return self._until(lambda: all(where(self.notes, rank)[0] not in (0, pids[rank]) for rank in pids))
 
 
-def chunk(folder: Path, number: int, most: int) -> dict[str, Any]:
-    """Kill up to ``most`` times on the way to the next chunk's end; what was done and whether all bits agree."""
-    notes, steps, began = folder / f"notes-{number}", CHUNK_STEPS * (number + 1), time.monotonic()
-    notes.mkdir(exist_ok=True)
-    for file in notes.iterdir():
-        file.unlink()
+def pair(folder: Path, seed: int, most: int) -> dict[str, Any]:
+    """Train ``STEPS`` steps with up to ``most`` kills and without one; what was done and whether all bits agree."""
+    shutil.rmtree(folder, ignore_errors=True)
+    notes, began = folder / "notes", time.monotonic()
+    notes.mkdir(parents=True)
     hook = f"callbacks=[{{target: 'bench.cycles:Where', kwargs: {{folder: '{notes}'}}}}]"
-    run, calm = Run(folder, "killed", hook), Run(folder, "calm", "callbacks=[]")
-    # The dice of a chunk that was cut short need not fall again as they did.
-    killer = Killer(run, notes, random.Random(f"{number} {time.time_ns()}"), steps)
-    run.start(steps)
+    run = Run(folder, "killed", [f"train.seed={seed}", hook])
+    calm = Run(folder, "calm", [f"train.seed={seed}"])
+    killer = Killer(run, notes, random.Random(seed))
+    run.start()
     going = killer._until(lambda: all(where(notes, rank)[0] for rank in (0, 1)))
     while going and killer.kills.total() < most:
         going = killer.cycle()
     run.wait()
-    calm.start(steps)
+    calm.start()
     calm.wait()
     (losses, digest, once), (calm_losses, calm_digest, _) = run.result(), calm.result()
-    same = once and losses == calm_losses and digest == calm_digest and len(losses) == steps
-    return {"steps": steps, "kills": dict(killer.kills), "same": same, "seconds": time.monotonic() - began}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": seed,
+        "steps": STEPS,
+        "kills": dict(killer.kills),
+        "same": once and losses == calm_losses and digest == calm_digest and len(losses) == STEPS,
+        "digest": digest,
+        "recoveries": [
+            round(e["seconds"], 2) for e in run.lines("events.jsonl") if e["event"] == "recovered"
+        ],
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
-def page(folder: Path, done: list[dict[str, Any]]) -> str:
+def page(done: list[dict[str, Any]]) -> str:
     """bench/results/cycles.md."""
     kills: Counter[str] = Counter()
     for one in done:
         kills.update(one["kills"])
-    recovered = [e for e in Run(folder, "killed", "").lines("events.jsonl") if e["event"] == "recovered"]
-    seconds = [event["seconds"] for event in recovered] or [0.0]
+    seconds = [second for one in done for second in one["recoveries"]] or [0.0]
     return "\n".join([
         "# Kill and resume, again and again",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {cpu_model()}, {os.cpu_count()} shared cores (other work ran beside it), "
-        f"torch {torch.__version__}, two ranks, CPU, gloo, {sum(one['seconds'] for one in done):.0f} s:",
+        f"{done[0]['date']} to {done[-1]['date']}, {cpu_model()}, {os.cpu_count()} shared cores (other work ran",
+        f"beside it), torch {torch.__version__}, two ranks, CPU, gloo, {sum(one['seconds'] for one in done):.0f} s:",
         "",
         f'```bash\nmake bench-cycles ARGS="--cycles {kills.total()}"\n```',
         "",
-        f"**{kills.total()} kills over {done[-1]['steps']} steps; {sum(not one['same'] for one in done)} of "
-        f"{len(done)} comparisons with the undisturbed run found a difference** (loss of every step, each logged",
-        "once, and digest of the weights; all steps so far are compared every time).",
+        f"**{kills.total()} kills in {len(done)} runs of {STEPS} steps; {sum(not one['same'] for one in done)} of "
+        f"{len(done)} comparisons with the undisturbed run of the same seed found a difference** (the loss of every",
+        "step, each logged once, and the digest of the weights). Each pair of runs is a line of",
+        "[cycles.jsonl](cycles.jsonl).",
         "",
         "| killed | times |",
         "| --- | --- |",
         *(f"| {kind} | {kills[kind]} |" for kind in KINDS),
         "",
-        f"Recoveries, from the fault until the step before it was done again: {len(recovered)}, median "
+        f"Recoveries, from the fault until the step before it was done again: {len(seconds)}, median "
         f"{np.median(seconds):.1f} s, 99th percentile {np.quantile(seconds, 0.99, method='higher'):.1f} s. A kill",
         "in a restart makes the same recovery longer; after an agent's death `muster resume` starts from nothing.",
     ]) + "\n"  # fmt: skip
@@ -235,23 +245,20 @@ def page(folder: Path, done: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cycles", type=int, default=20, help="kills in all, those of the ledger included")
     parser.add_argument(
-        "--cycles", type=int, default=20, help="kills in all, those of earlier calls included"
+        "--folder", type=Path, default=REPO / "runs" / "cycles", help="of the pair that runs; emptied"
     )
-    parser.add_argument("--folder", type=Path, default=REPO / "runs" / "cycles")
     given = parser.parse_args()
-    folder: Path = given.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    ledger = folder / "cycles.jsonl"
-    done = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+    done = [json.loads(line) for line in LEDGER.read_text().splitlines()] if LEDGER.exists() else []
     while (so_far := sum(sum(one["kills"].values()) for one in done)) < given.cycles:
-        done.append(chunk(folder, len(done), given.cycles - so_far))
-        with ledger.open("a") as file:
+        done.append(pair(given.folder.resolve(), len(done) + 1, given.cycles - so_far))
+        with LEDGER.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
         print(done[-1], flush=True)
+        RESULTS.write_text(page(done))
         if not done[-1]["same"]:
-            sys.exit(f"the bits differ: compare {folder}/runs/cycles/killed with calm")
-    RESULTS.write_text(page(folder, done))
+            sys.exit(f"the bits differ: compare {given.folder}/runs/cycles/killed with calm")
     print(RESULTS.read_text())
 
 
