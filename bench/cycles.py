@@ -223,14 +223,15 @@ def page(done: list[dict[str, Any]]) -> str:
     return "\n".join([
         "# Kill and resume, again and again",
         "",
-        f"{done[0]['date']} to {done[-1]['date']}, {cpu_model()}, {os.cpu_count()} shared cores (other work ran",
-        f"beside it), torch {torch.__version__}, two ranks, CPU, gloo, {sum(one['seconds'] for one in done):.0f} s:",
+        f"{done[0]['date']} to {done[-1]['date']}, {cpu_model()}, {os.cpu_count()} shared cores (other work",
+        f"ran beside it), torch {torch.__version__}, two ranks, CPU, gloo, "
+        f"{sum(one['seconds'] for one in done):.0f} s:",
         "",
         f'```bash\nmake bench-cycles ARGS="--cycles {kills.total()}"\n```',
         "",
         f"**{kills.total()} kills in {len(done)} runs of {STEPS} steps; {sum(not one['same'] for one in done)} of "
-        f"{len(done)} comparisons with the undisturbed run of the same seed found a difference** (the loss of every",
-        "step, each logged once, and the digest of the weights). Each pair of runs is a line of",
+        f"{len(done)} comparisons with the undisturbed run of the same seed found a difference** (the loss of",
+        "every step, each logged once, and the digest of the weights). Each pair of runs is a line of",
         "[cycles.jsonl](cycles.jsonl).",
         "",
         "| killed | times |",

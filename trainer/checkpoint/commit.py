@@ -88,20 +88,30 @@ class Part:
 
 
 def write_part(attempt: Attempt, rank: int, staged: Staged) -> int:
-    """Write and flush this rank's shard, then its part. Returns the shard's bytes.
+    """Write and flush this rank's shard, read it back, then write its part. Returns the shard's bytes.
 
     Raises:
         OSError: the disk is full, refuses or fails; or rank 0 gave up and removed the directory meanwhile.
+        StorageError: what the disk returns is not what was written.
     """
     if not attempt.directory.exists():
         attempt.directory.mkdir(parents=True, exist_ok=True)
         fsync_directory(attempt.directory.parent)
     attempt.tmp.mkdir(parents=True, exist_ok=True)
-    size, checksum = write_shard(attempt.tmp / shard_name(rank), staged.tensors)
+    shard = attempt.tmp / shard_name(rank)
+    entry = FileEntry(staged.image.size, write_shard(shard, staged.image))
     digest = weights_digest(staged.weights)
-    part = Part(rank, FileEntry(size, checksum), digest, staged.entries, staged.blobs)
+    if fault := file_fault(shard, entry.bytes, entry.checksum, from_disk=True):
+        raise_if_failed(attempt)  # rank 0 removes the directory under a late writer's feet
+        raise StorageError(
+            "checkpoint",
+            attempt.final / shard.name,
+            f"read back before the commit, it {fault}; older checkpoints were kept",
+            "check the disk; set run.root to another one",
+        )
+    part = Part(rank, entry, digest, staged.entries, staged.blobs)
     write_durably(attempt.part(rank), json.dumps(asdict(part)).encode())
-    return size
+    return entry.bytes
 
 
 def read_part(path: Path) -> Part:

@@ -1,20 +1,20 @@
 """A digest of the weights that does not depend on the layout and needs no gathering.
 
-Each element gives a word hashed from (name, global flat index, bits); the digest is the sum of all words, in two
-lanes of 64 bits. A sum commutes, so ranks add up what they own and the parts add up to what one process would have
-found:
+Two sums over all elements, each modulo 2^64, in which every element has a factor of its own:
 
-    i = 65536 · block + place        z = mix64(A[place] ^ mix64(key(name) ^ block) ^ bits)
-    lane 0 = Σ z mod 2^64            lane 1 = Σ z · M[place] mod 2^64
+    i = 65536 · block + place        lane l = Σ (bits + 1) · F_l[place] · (mix64(key(name) ^ block) | 1)
 
-with A[p] = mix64(p) and odd M[p] = mix64(A[p]) | 1. Where an element stands is looked up, not hashed anew: a save
-behind training computes this on processors that training would like to have.
+with F_0[p] = mix64(p) | 1 and F_1[p] = mix64(F_0[p]) | 1, and bits read as a signed number (multilinear hashing:
+Carter and Wegman, 1979). All factors are odd, so one changed element always changes both lanes; for several the
+factors would have to conspire. A sum commutes, so ranks add up what they own and the parts add up to what one
+process would have found. Two products an element and no more: a save behind training computes this on processors
+that training would like to have.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.engines.base import StateSlice
-from trainer.bits import chunks, flat_start, mix64, mix64_int, mix64_words_, name_key, signed
+from trainer.bits import chunks, flat_start, mix64, mix64_int, name_key, signed
 
 _LANES = 2
 _WORD = (1 << 64) - 1
@@ -54,7 +54,7 @@ def weights_digest(slices: Iterable[StateSlice]) -> int:
         start = flat_start(part.global_shape, part.offsets, part.tensor.shape)
         sums = found.setdefault(flat.device, [])
         if start is not None and flat.device.type == "cpu":
-            sums += _sums_of_run(words.numpy(), start, key)
+            sums.append(_sums_of_run(words.numpy(), start, key))
             continue
         for where, indices in chunks(part.global_shape, part.offsets, part.tensor.shape, flat.device):
             sums.append(_sums(indices, words[where].to(torch.int64), key))
@@ -76,38 +76,30 @@ def combine(parts: Iterable[int]) -> str:
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """A and M of the definition, int64."""
-    hashed = mix64(torch.arange(_PLACES, device=device))
-    return hashed, mix64(hashed) | 1
+    """F_0 and F_1 of the definition, int64 [65536]."""
+    first = mix64(torch.arange(_PLACES, device=device)) | 1
+    return first, mix64(first) | 1
 
 
 def _sums(indices: Tensor, bits: Tensor, key: int) -> Tensor:
     """Both lanes ``[2]`` of elements anywhere, int64."""
-    hashed, factor = _tables(indices.device)
     place = indices & (_PLACES - 1)
-    z = mix64(mix64((indices >> 16) ^ signed(key)).bitwise_xor_(hashed[place]).bitwise_xor_(bits))
-    return torch.stack([z.sum(), z.mul_(factor[place]).sum()])
+    bits.add_(1).mul_(mix64((indices >> 16) ^ signed(key)) | 1)
+    return torch.stack([(bits * table[place]).sum() for table in _tables(bits.device)])
 
 
-def _sums_of_run(words: NDArray[Any], start: int, key: int) -> Iterator[Tensor]:
+def _sums_of_run(words: NDArray[Any], start: int, key: int) -> Tensor:
     """The same of neighbours, the first at global index ``start``, on a CPU: in pieces that stay in its cache."""
-    hashed, factor = _tables_of_words()
-    kept = np.empty((2, min(_PLACES, words.size)), np.uint64)
-    begin = 0
+    tables = [table.numpy() for table in _tables(torch.device("cpu"))]
+    bits, scratch = np.empty((2, min(_PLACES, words.size)), np.int64)
+    lanes, begin = [0] * _LANES, 0
     while begin < words.size:
         block, low = divmod(start + begin, _PLACES)
-        high = min(_PLACES, low + words.size - begin)
-        z, scratch = kept[:, : high - low]
-        # Through int64, as on any device: the sign of a negative word fills the upper half.
-        z.view(np.int64)[:] = words[begin : begin + high - low]
-        z ^= np.bitwise_xor(hashed[low:high], np.uint64(mix64_int(key ^ block)), out=scratch)
-        first = mix64_words_(z, scratch).sum()
-        z *= factor[low:high]
-        yield torch.from_numpy(np.array([first, z.sum()]).view(np.int64))
-        begin += high - low
-
-
-@cache
-def _tables_of_words() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    hashed, factor = _tables(torch.device("cpu"))
-    return hashed.numpy().view(np.uint64), factor.numpy().view(np.uint64)
+        size = min(_PLACES - low, words.size - begin)
+        np.add(words[begin : begin + size], 1, out=bits[:size], dtype=np.int64)
+        factor = mix64_int(key ^ block) | 1
+        for lane, table in enumerate(tables):
+            product = np.multiply(bits[:size], table[low : low + size], out=scratch[:size])
+            lanes[lane] += int(product.sum()) * factor
+        begin += size
+    return torch.tensor([signed(lane) for lane in lanes])

@@ -42,8 +42,8 @@ from trainer.checkpoint.files import (
     storage_error,
 )
 from trainer.checkpoint.format import MANIFEST, step_name
-from trainer.checkpoint.retention import check_stored, hide, link_best, surplus
-from trainer.checkpoint.staging import HostBuffers, Staged, stage
+from trainer.checkpoint.retention import hide, link_best, surplus
+from trainer.checkpoint.staging import HostMemory, Staged, stage
 from trainer.checkpoint.whole import Contents
 
 __all__ = [
@@ -117,7 +117,7 @@ class DurableCheckpointer:
         self.attempt = attempt
         self.keep_last, self.keep_every = keep_last, keep_every
         self.timeout_seconds, self.contents = timeout_seconds, contents
-        self._buffers = HostBuffers()
+        self._memory = HostMemory()
         self._num_saves = 0
         self.newest_step, self.newest_began = 0, time.time()
         self._writer: threading.Thread | None = None
@@ -125,8 +125,7 @@ class DurableCheckpointer:
         self._error: Exception | None = None
         self._finished: list[SaveResult] = []
         self._best_pending: int | None = None
-        self._sound: set[int] = set()
-        # Guards the four fields above it and every change of which steps exist and which is best.
+        # Guards the four fields above and every change of which steps exist and which is best.
         self._lock = threading.Lock()
 
     def save(
@@ -158,7 +157,7 @@ class DurableCheckpointer:
         attempt = Attempt(self.directory, step, f"{self.attempt}-{self._num_saves}")
         # Through JSON text: later changes of the caller's dicts must not reach the manifest.
         texts = json.loads(json.dumps([trainer_state, info]))
-        staged = stage(self.rank, slices, rank_tensors, self._buffers)
+        staged = stage(self.rank, slices, rank_tensors, self._memory)
         self._in_flight = self.newest_step = step
         self._writer = threading.Thread(
             target=self._write,
@@ -272,31 +271,19 @@ class DurableCheckpointer:
             publish(attempt, manifest)
         except OSError as error:
             raise_if_failed(attempt)  # rank 0 removes the directory under a late writer's feet
-            raise storage_error(error, attempt.directory, staged.bytes) from error
+            raise storage_error(error, attempt.directory, staged.image.size) from error
         return sum(entry.bytes for entry in manifest.files.values())
 
     def _settle(self, attempt: Attempt) -> None:
-        """After a commit: the best link, then removal of what is no longer needed.
-
-        Only what is older than a checkpoint that stays and was read back from the disk: one reading serves until
-        that one is to go itself.
-        """
-        self._sound.discard(attempt.step)  # it may have taken the place of another one
+        """After a commit: the best link, then removal of what is no longer needed."""
         with self._lock:
             if self._best_pending == attempt.step:
                 self._link_best(attempt.step)
             self._in_flight = self._best_pending = None
-        rules = (self.directory, attempt.step, self.keep_last, self.keep_every)
-        going = surplus(*rules)
-        if not going:
-            return
-        newest, _ = going[-1]
-        if not any(step > newest and self.committed(step) for step in self._sound):
-            check_stored(attempt.final)
-            self._sound.add(attempt.step)
         try:
-            with self._lock:  # asked again: ``best`` may have moved meanwhile
-                hidden = [hide(path) for _, path in surplus(*rules)]
+            with self._lock:
+                going = surplus(self.directory, attempt.step, self.keep_last, self.keep_every)
+                hidden = [hide(path) for path in going]
         except OSError as error:
             raise storage_error(error, self.directory, 0) from error
         for path in hidden:

@@ -32,6 +32,7 @@ from parallel.errors import ConfigError
 from trainer import faults
 from trainer.checkpoint import updates
 from trainer.checkpoint.lease import Lease
+from trainer.checkpoint.pages import register
 from trainer.checkpoint.slots import Header, Plan, Slot, Sums, keys_of, make_plan
 from trainer.checkpoint.timeline import Timelines
 from trainer.checkpoint.updates import UpdateLog
@@ -114,7 +115,7 @@ class MemoryTier:
             for slot, room in self._rooms:
                 slot.reserve(room)
                 if device.type == "cuda":
-                    slot.register()
+                    register(slot.bytes)
         except OSError as error:
             relation = f"a snapshot of {room:,} bytes cannot be reserved there: {error.strerror}"
             raise _no_room(str(self.lease.folder.parent.parent), relation) from error

@@ -211,12 +211,6 @@ class Slot:
             os.close(descriptor)
         self._map_file()
 
-    def register(self) -> None:
-        """Lock the pages for copies from a GPU, which are asynchronous and fast only then."""
-        code = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.size, 0)
-        if int(code) != 0:
-            raise RuntimeError(f"cudaHostRegister of {self.path}: error {int(code)}")
-
     def view(self, dtype: str, shape: tuple[int, ...], offset: int) -> Tensor:
         """A tensor that is this part of the file."""
         kind = DTYPES[dtype]

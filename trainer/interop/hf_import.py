@@ -15,7 +15,7 @@ from trainer.checkpoint.commit import Attempt, assemble, publish, read_part, wri
 from trainer.checkpoint.files import check_room
 from trainer.checkpoint.resume import open_checkpoint
 from trainer.checkpoint.shards import DTYPES
-from trainer.checkpoint.staging import HostBuffers, stage
+from trainer.checkpoint.staging import HostMemory, stage
 from trainer.checkpoint.whole import Contents
 from trainer.interop import verify as verification
 from trainer.interop.families import make_pieces
@@ -135,7 +135,7 @@ def _write_checkpoint(
         slices: Iterable[StateSlice] = (read(item) for item in group)
         if rank == 0:
             slices = chain(slices, (_zeros(state[name]) for name in fresh))
-        write_part(attempt, rank, stage(rank, slices, {}, HostBuffers()))
+        write_part(attempt, rank, stage(rank, slices, {}, HostMemory()))
     parts = [read_part(attempt.part(rank)) for rank in range(len(groups))]
     shapes = {f"model.{name}": piece.global_shape for name, piece in state.items()}
     contents = Contents(shapes, trained=frozenset())

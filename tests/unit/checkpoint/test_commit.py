@@ -23,9 +23,10 @@ from checkpoint_helpers import (
 )
 
 from parallel.engines.base import StateSlice
-from trainer.checkpoint import durable
+from trainer.checkpoint import commit
 from trainer.checkpoint.durable import DurableCheckpointer, StorageError, remove_stale
 from trainer.checkpoint.resume import newest_valid
+from trainer.checkpoint.shards import ShardImage
 from trainer.checkpoint.whole import Contents, contents_of
 
 
@@ -349,42 +350,24 @@ def test_best_of_a_step_in_flight_is_linked_once_it_is_committed(tmp_path: Path)
     checkpointer(tmp_path, 1, 2).mark_best(2)  # other ranks leave it to rank 0
 
 
-def test_nothing_is_removed_if_the_newer_one_does_not_read_back(
+def test_a_shard_that_does_not_read_back_is_not_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = checkpointer(tmp_path, keep_last=1)
     run_steps(own, [1])
-    publish = durable.publish
+    write_shard = commit.write_shard
 
-    def publish_to_a_bad_disk(*args: object) -> None:
-        publish(*args)  # type: ignore[arg-type]
-        shard = tmp_path / "step-00000002" / "shard-00000.safetensors"
-        shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    def write_to_a_bad_disk(path: Path, image: ShardImage) -> str:
+        checksum = write_shard(path, image)
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        return checksum
 
-    monkeypatch.setattr(durable, "publish", publish_to_a_bad_disk)
+    monkeypatch.setattr(commit, "write_shard", write_to_a_bad_disk)
     with pytest.raises(
-        StorageError, match=r"shard-00000\.safetensors: read back after the commit, it has changed"
+        StorageError, match=r"shard-00000\.safetensors: read back before the commit, it has changed"
     ):
         run_steps(own, [2])
-    assert visible(tmp_path) == ["step-00000001", "step-00000002"]
-    found = newest_valid(tmp_path, lambda path, reason: None)
-    assert found is not None and found.step == 1
-
-
-def test_one_that_was_read_back_serves_until_it_goes_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-    monkeypatch.setattr(durable, "check_stored", lambda path: read.append(path.name))
-    own = checkpointer(tmp_path, keep_last=2)
-    run_steps(own, [1, 2, 3, 4])
-    assert read == ["step-00000003"]  # 1 went, then 2: both are older than 3, which stayed
-    run_steps(own, [5, 6, 7])
-    assert read == ["step-00000003", "step-00000005", "step-00000007"]
-    run_steps(own, [7])  # another one in its place is not known to be sound
-    run_steps(own, [8])
-    assert read[3:] == ["step-00000008"]
-    assert visible(tmp_path) == ["step-00000007", "step-00000008"]
+    assert visible(tmp_path) == ["step-00000001"]
 
 
 def test_trainer_state_that_is_not_json_is_the_callers_error(tmp_path: Path) -> None:

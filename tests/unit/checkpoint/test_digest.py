@@ -38,10 +38,10 @@ def test_digest_is_the_documented_sum() -> None:
     tensor[0, :4] = torch.tensor([1.5, -2.0, 0.0, -0.0])
     key, lanes = name_key("model.w"), [0, 0]
     for index, word in enumerate(tensor.reshape(-1).view(torch.int32).tolist()):
-        hashed = mix64_int(index % 65536)
-        z = mix64_int(hashed ^ mix64_int(key ^ index // 65536) ^ word % 2**64)
-        lanes[0] += z
-        lanes[1] += z * (mix64_int(hashed) | 1)
+        first = mix64_int(index % 65536) | 1
+        of_block = mix64_int(key ^ index // 65536) | 1
+        lanes[0] += (word + 1) * first * of_block
+        lanes[1] += (word + 1) * (mix64_int(first) | 1) * of_block
     assert digest_of(tensor) == f"{lanes[1] % 2**64:016x}{lanes[0] % 2**64:016x}"
 
 

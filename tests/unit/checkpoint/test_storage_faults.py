@@ -52,7 +52,7 @@ def test_disk_full_is_said_with_sizes_and_costs_no_checkpoint(small_disk: Path) 
     with pytest.raises(StorageError) as error:
         own.wait()
     assert error.value.value == directory
-    assert "the disk is full: 921,600 bytes needed" in error.value.relation
+    assert "the disk is full: 921,728 bytes needed" in error.value.relation
     assert "bytes free" in error.value.relation and "run.root" in error.value.fix
     assert visible(directory) == ["step-00000001"]
     checkpoint = newest_valid(directory, lambda path, reason: pytest.fail(f"{path} {reason}"))
@@ -75,7 +75,7 @@ def test_disk_full_on_one_rank_reaches_all(small_disk: Path) -> None:
 
     errors = in_threads([lambda r=r: run(r) for r in range(2)])
     for error in errors:
-        assert isinstance(error, StorageError) and "the disk is full: 819,200 bytes needed" in error.relation
+        assert isinstance(error, StorageError) and "the disk is full: 819,328 bytes needed" in error.relation
     assert not list(directory.glob("*.tmp")) and not ranks[1].committed(1)
 
 
