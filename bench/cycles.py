@@ -187,6 +187,7 @@ def pair(folder: Path, seed: int, most: int) -> dict[str, Any]:
     """Train ``STEPS`` steps with up to ``most`` kills and without one; what was done and whether all bits agree."""
     shutil.rmtree(folder, ignore_errors=True)
     notes, began = folder / "notes", time.monotonic()
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, text=True).strip()
     notes.mkdir(parents=True)
     hook = f"callbacks=[{{target: 'bench.cycles:Where', kwargs: {{folder: '{notes}'}}}}]"
     run = Run(folder, "killed", [f"train.seed={seed}", hook])
@@ -202,6 +203,7 @@ def pair(folder: Path, seed: int, most: int) -> dict[str, Any]:
     (losses, digest, once), (calm_losses, calm_digest, _) = run.result(), calm.result()
     return {
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
         "seed": seed,
         "steps": STEPS,
         "kills": dict(killer.kills),
@@ -217,14 +219,17 @@ def pair(folder: Path, seed: int, most: int) -> dict[str, Any]:
 def page(done: list[dict[str, Any]]) -> str:
     """bench/results/cycles.md."""
     kills: Counter[str] = Counter()
+    versions: Counter[str] = Counter()
     for one in done:
         kills.update(one["kills"])
+        versions[one["commit"]] += sum(one["kills"].values())
+    dates = " and ".join(dict.fromkeys(one["date"] for one in done))
     seconds = [second for one in done for second in one["recoveries"]] or [0.0]
     return "\n".join([
         "# Kill and resume, again and again",
         "",
-        f"{done[0]['date']} to {done[-1]['date']}, {cpu_model()}, {os.cpu_count()} shared cores (other work",
-        f"ran beside it), torch {torch.__version__}, two ranks, CPU, gloo, "
+        f"{dates}, {cpu_model()}, {os.cpu_count()} shared cores (other work ran beside it),",
+        f"torch {torch.__version__}, two ranks, CPU, gloo, "
         f"{sum(one['seconds'] for one in done):.0f} s:",
         "",
         f'```bash\nmake bench-cycles ARGS="--cycles {kills.total()}"\n```',
@@ -232,7 +237,9 @@ def page(done: list[dict[str, Any]]) -> str:
         f"**{kills.total()} kills in {len(done)} runs of {STEPS} steps; {sum(not one['same'] for one in done)} of "
         f"{len(done)} comparisons with the undisturbed run of the same seed found a difference** (the loss of",
         "every step, each logged once, and the digest of the weights). Each pair of runs is a line of",
-        "[cycles.jsonl](cycles.jsonl).",
+        "[cycles.jsonl](cycles.jsonl). Versions: "
+        + ", ".join(f"{commit} ({count} kills)" for commit, count in versions.items())
+        + ".",
         "",
         "| killed | times |",
         "| --- | --- |",
