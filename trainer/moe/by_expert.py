@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_ROWS = 256
-"""Of a block, a thread."""
+_ROWS = 512
+"""Of a block, a thread: 256 to 1024 are alike, fewer cost more calls."""
 
 _silu_into = torch.ops.aten.silu.out
 _silu_backward_into = torch.ops.aten.silu_backward.grad_input
