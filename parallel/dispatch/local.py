@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from parallel.dispatch.base import Dispatched, Routing
 from parallel.dispatch.bounded import run_in_rounds
-from parallel.dispatch.permute import Permutation, count, gather, plan, spread
+from parallel.dispatch.permute import Permutation, count, gather, plan, spread, weights_of_rows
 from parallel.dispatch.rounds import Rounds, num_rounds
 
 
@@ -42,6 +42,9 @@ class LocalDispatcher:
         counts_E = rows_of_experts(routing, routing.expert_TK)
         none = torch.zeros((), dtype=torch.int64, device=x_TD.device)
         num_rows = home.pair_of_row_N.shape[0]
+        if self.budget is None and getattr(experts, "weighs", False):
+            weight_N = weights_of_rows(routing.weight_TK, home)
+            return gather(experts(spread(x_TD, home), counts_E, weight_N), None, home), none
         if self.budget is None:
             answers = experts(spread(x_TD, home), counts_E)
         else:

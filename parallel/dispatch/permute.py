@@ -121,13 +121,45 @@ class _Gather(torch.autograd.Function):
         return (grad_ND * weight_N[:, None]).to(rows_ND.dtype), grad_weight, None
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return weighted_sum(rows_ND, permutation.row_of_pair_TK, None, permutation.partial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        p: Permutation = ctx.permutation
+        token_of_row = torch.div(p.pair_of_row_N, p.num_choices, rounding_mode="floor")
+        return take(grads[0], token_of_row, p.partial), None
+
+
+class _WeightsOfRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_TK: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return take(weight_TK.flatten(), permutation.pair_of_row_N, permutation.partial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        p: Permutation = ctx.permutation
+        return take(grads[0], p.row_of_pair_TK.flatten(), p.partial).view_as(p.row_of_pair_TK), None
+
+
 def spread(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """Copy each token to the rows of its pairs: ``[T, D] → [N, D]``; empty rows are zero."""
     return _Spread.apply(x_TD, permutation)
 
 
-def gather(rows_ND: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
-    """Weighted sum of each token's rows: ``[N, D] → [T, D]``; a dropped pair adds nothing."""
+def weights_of_rows(weight_TK: Tensor, permutation: Permutation) -> Tensor:
+    """The weight of each row's pair, ``[N]``; 0 where the row is empty."""
+    return _WeightsOfRows.apply(weight_TK, permutation)
+
+
+def gather(rows_ND: Tensor, weight_TK: Tensor | None, permutation: Permutation) -> Tensor:
+    """Weighted sum of each token's rows: ``[N, D] → [T, D]``; a dropped pair adds nothing. None: weights are 1."""
+    if weight_TK is None:
+        return _Sum.apply(rows_ND, permutation)
     return _Gather.apply(rows_ND, weight_TK, permutation)
 
 

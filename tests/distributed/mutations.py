@@ -179,14 +179,12 @@ def recompute_routes_anew(config: RunConfig, rank: int) -> AbstractContextManage
 
 @mutation
 def a_row_past_the_last_offset_is_read(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
-    original = trainer.moe.experts.grouped_linear
+    original = trainer.moe.experts.swiglu_by_expert
 
-    def short(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ends = ends.clone()
-        ends[-1] = max(int(ends[-1]) - 1, int(ends[-2]))
-        return original(x, weight, ends)
+    def short(x: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+        return original(x, [*counts[:-1], max(counts[-1] - 1, 0)], *weights)
 
-    return patch.object(trainer.moe.experts, "grouped_linear", short)
+    return patch.object(trainer.moe.experts, "swiglu_by_expert", short)
 
 
 @mutation

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.config import Activation, RunConfig
 from trainer.config_moe import ExpertSize
 from trainer.models.layers import activate
+from trainer.moe.by_expert import swiglu_by_expert
 
 
 def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -58,9 +59,24 @@ class Experts(nn.Module):
             nn.Parameter(torch.empty(num_experts, dim, ffn_dim)) if activation is Activation.swiglu else None
         )
 
-    def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert, ``counts_E`` (int64) of each, to outputs in the same order."""
+    @property
+    def weighs(self) -> bool:
+        """Whether ``forward`` takes the combine weights, so that nobody need keep its answers to find their
+        gradient."""
+        return self.w3 is not None and self.w1.device.type == "cpu"
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert, ``counts_E`` (int64) of each, to outputs in the same order.
+
+        Args:
+            weight_N: factors of the outputs, fp32; only where it :attr:`weighs`. None: 1.
+        """
         assert counts_E.shape[0] == self.w1.shape[0], "one count an expert"
+        if self.weighs:
+            assert self.w3 is not None
+            w1, w3, w2 = (w.to(rows_ND.dtype) for w in (self.w1, self.w3, self.w2))
+            return swiglu_by_expert(rows_ND, counts_E.tolist(), w1, w3, w2, weight_N)
+        assert weight_N is None, "weights where they are not taken"
         ends_E = counts_E.cumsum(0).to(torch.int32)
         gate = grouped_linear(rows_ND, self.w1.to(rows_ND.dtype), ends_E)
         up = None if self.w3 is None else grouped_linear(rows_ND, self.w3.to(rows_ND.dtype), ends_E)
@@ -79,11 +95,17 @@ class SizedExperts(nn.Module):
         self.num_of_size = [size.num for size in sizes]
         self.sizes = nn.ModuleList(Experts(size.num, dim, size.ffn_dim, activation) for size in sizes)
 
-    def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+    @property
+    def weighs(self) -> bool:
+        """As :attr:`Experts.weighs`."""
+        return all(stack.weighs for stack in self.sizes)
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """As :meth:`Experts.forward`, experts in the order of the sizes. One host sync."""
         # Not from the weights: outside of its own forward a stack's may not be gathered (ZeRO-3).
         share = sum(self.num_of_size) // counts_E.shape[0]
         counts = counts_E.split([num // share for num in self.num_of_size])
         num_rows = torch.stack([part.sum() for part in counts]).tolist()
-        parts = zip(self.sizes, rows_ND.split(num_rows), counts, strict=True)
-        return torch.cat([stack(rows, count) for stack, rows, count in parts])
+        weights = [None] * len(counts) if weight_N is None else weight_N.split(num_rows)
+        parts = zip(self.sizes, rows_ND.split(num_rows), counts, weights, strict=True)
+        return torch.cat([stack(rows, count, weight) for stack, rows, count, weight in parts])

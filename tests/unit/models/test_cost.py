@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,18 @@ def grouped_mm_flops(x: torch.Size, w: torch.Size, *_: Any, out_shape: torch.Siz
     return 2 * x[-2] * x[-1] * w[-1]
 
 
+def added_mm_flops(_: torch.Size, a: torch.Size, b: torch.Size, out_shape: torch.Size, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+UNKNOWN = {torch.ops.aten._grouped_mm: grouped_mm_flops, torch.ops.aten.addmm_: added_mm_flops}
+"""To PyTorch's counter."""
+
+
 def counted_flops(model: nn.Module, config: RunConfig) -> dict[str, int]:
     """FLOPs of one forward and backward by kind of operation; attention in plain matrix products."""
     tokens = torch.randint(0, 264, (2, config.train.seq_len))
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_mm_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
     choices = even_choices(config, 2)
     if config.layout.router is RouterName.expert_choice:  # even by itself, whatever its scores
         with counter, sdpa_kernel(SDPBackend.MATH):
@@ -90,6 +99,16 @@ def counted_flops(model: nn.Module, config: RunConfig) -> dict[str, int]:
     return {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Others are not counted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CASES)
 def test_flops_are_those_that_pytorch_counts(name: str) -> None:
     config = config_of(*CASES[name])
