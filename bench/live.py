@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, UntypedStorage
@@ -48,3 +49,33 @@ class LiveBytes(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+class LiveLog(LiveBytes):
+    """Also remembers what came and went when, so that what was to stay can be left out of the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._log: list[tuple[int, int]] = []
+
+    def peak_without(self, kept: Iterable[Tensor]) -> int:
+        """The peak in bytes without these tensors, which are still alive: gradients of weights, say."""
+        left_out = {tensor.untyped_storage()._cdata for tensor in kept}
+        # An address may have been another storage's before: theirs is the last one there.
+        came = {key: index for index, (key, size) in enumerate(self._log) if size > 0 and key in left_out}
+        skipped = set(came.values())
+        now = peak = 0
+        for index, (_, size) in enumerate(self._log):
+            if index not in skipped:
+                now += size
+                peak = max(peak, now)
+        return peak
+
+    def _add(self, storage: UntypedStorage) -> None:
+        if storage._cdata not in self._seen:
+            self._log.append((storage._cdata, storage.nbytes()))
+        super()._add(storage)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._log.append((key, -size))
+        super()._remove(key, size)

@@ -11,13 +11,22 @@ import torch
 
 
 def in_turn(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    before: Callable[[int, str], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; every round begins with another one."""
+    """Seconds of each contestant in each round; every round begins with another one.
+
+    Args:
+        before: called with the round and the contestant before its turn; not timed.
+    """
     names, seconds = list(contestants), {name: [0.0] * rounds for name in contestants}
     for index in range(rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
+            if before is not None:
+                before(index, name)
             _finish(device)
             began = time.perf_counter()
             contestants[name]()
