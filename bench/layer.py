@@ -93,11 +93,14 @@ def peak(contestant: Contestant, work: Work) -> int:
     """Bytes live at the peak of its first step beside inputs, weights and the gradients of both.
 
     Of the first, so that what it keeps from step to step counts as well. What an operator allocates and frees
-    while it runs does not.
+    while it runs does not. On one thread: what others allocate is not seen.
     """
     contestant.prepare(work)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with LiveLog() as live:
         contestant.step(work)
+    torch.set_num_threads(threads)
     return live.peak_without(contestant.leaf_grads())
 
 

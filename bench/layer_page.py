@@ -97,8 +97,8 @@ computed, except that DeepSpeed's MoE turns the logits it is handed into weights
   (bootstrap). Muster is ahead where the interval is below 1.
 - **floor: matmuls**: the step's nine matrix products, each as one of N = tokens · choices rows, into memory that
   is there already. **floor: dense SwiGLU**: one dense layer for N rows under autograd, in the layer's dtype.
-- **peak**: bytes live at the peak of a step beside inputs, weights and their gradients; what an operator takes and
-  gives back while it runs is not seen. **÷ grouped_mm**: of {GROUPED}.
+- **peak**: bytes live at the peak of a step on one thread beside inputs, weights and their gradients; what an
+  operator takes and gives back while it runs is not seen. **÷ grouped_mm**: of {GROUPED}.
 - **error**: largest difference from a loop in fp64 / the largest right value, of the worst of output and
   gradients. Above {limits} it is WRONG.
 - Routing: *balanced* gives all experts as many rows; *zipf* the busiest {SKEW} times the mean; *recorded* is what

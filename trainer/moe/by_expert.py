@@ -6,8 +6,8 @@
 Kept are x and the two projections; h is computed again, which costs one pass where keeping it costs memory. What a
 block of rows needs in between stays in a core's cache. A matrix product is computed by one thread where the experts
 are many enough to give each thread some: it never waits for another, and its bits do not depend on their number.
-Narrow types are multiplied in fp32, an expert's weights at a time: on processors without bf16 units that is faster
-than bf16, and more exact.
+Narrow types are multiplied in fp32, an expert's weights at a time, on processors that would have to take them apart
+(bf16 without AVX512-BF16 or AMX: a third of fp32's speed); between products all is at least fp32.
 
 Shape suffixes: N rows, E experts, D model width, F expert width.
 """
@@ -22,13 +22,13 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _ROWS = 512
 """Of a block, a thread: 256 to 1024 are alike, fewer cost more calls."""
 
-_silu_into = torch.ops.aten.silu.out
 _silu_backward_into = torch.ops.aten.silu_backward.grad_input
 
 Work = Callable[[int, list[slice]], None]
@@ -60,17 +60,18 @@ class _ByExpert(torch.autograd.Function):
         ctx: Any, rows: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, weight: Tensor | None, counts: list[int]
     ) -> Tensor:
         gate = rows.new_empty(rows.shape[0], w1.shape[2])
-        up, out, wide = torch.empty_like(gate), torch.empty_like(rows), _wide(rows.dtype)
+        up, out = torch.empty_like(gate), torch.empty_like(rows)
+        factors, wide = _factors(rows.dtype), _wide(rows.dtype)
 
         def expert(e: int, blocks: list[slice]) -> None:
-            own1, own3, own2 = (w[e].to(wide) for w in (w1, w3, w2))
+            own1, own3, own2 = (w[e].to(factors) for w in (w1, w3, w2))
             for block in blocks:
-                x = rows[block].to(wide)
-                g, u = _product(x, own1, gate[block]), _product(x, own3, up[block])
-                h = torch.ops.aten.silu(g).mul_(u)
+                x = rows[block].to(factors)
+                g, u = _product(x, own1, gate[block]).to(wide), _product(x, own3, up[block])
+                h = F.silu(g).mul_(u)
                 if weight is not None:
                     h.mul_(weight[block, None])
-                _product(h, own2, out[block])
+                _product(h.to(factors), own2, out[block])
 
         _each(counts, expert)
         ctx.counts = counts
@@ -81,39 +82,54 @@ class _ByExpert(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         rows, gate, up, w1, w3, w2, weight = ctx.saved_tensors
-        wide = _wide(rows.dtype)
-        drows, dw1, dw3, dw2 = (torch.empty_like(x) for x in (rows, w1, w3, w2))
+        factors, wide = _factors(rows.dtype), _wide(rows.dtype)
+        drows, *dws = (torch.empty_like(x) for x in (rows, w1, w3, w2))
         dweight = None if weight is None else torch.empty_like(weight)
 
         def expert(e: int, blocks: list[slice]) -> None:
-            own1, own3, own2 = (w[e].to(wide).t() for w in (w1, w3, w2))
-            sums = [
-                torch.zeros_like(dw[e], dtype=wide) if dw.dtype != wide else dw[e].zero_()
-                for dw in (dw1, dw3, dw2)
-            ]
+            own1, own3, own2 = (w[e].to(factors).t() for w in (w1, w3, w2))
+            sums = [dw[e].zero_() if dw.dtype == wide else torch.zeros_like(dw[e], dtype=wide) for dw in dws]
             for block in blocks:
-                x, g, u, dy = (kept[block].to(wide) for kept in (rows, gate, up, dout))
-                a = torch.ops.aten.silu(g)
-                h, dh = a * u, dy @ own2
+                x, dy = rows[block].to(factors), dout[block].to(factors)
+                g, u = gate[block].to(wide), up[block].to(wide)
+                a = F.silu(g)
+                h, dh = a * u, (dy @ own2).to(wide)
                 if weight is not None and dweight is not None:
                     dweight[block] = torch.linalg.vecdot(dh, h)
                     dh.mul_(weight[block, None])
-                    dy = dy * weight[block, None].to(wide)
-                sums[2].addmm_(h.t(), dy)
-                du = torch.mul(dh, a, out=a)
-                dg = _silu_backward_into(dh.mul_(u), g, grad_input=h)
-                sums[0].addmm_(x.t(), dg)
-                sums[1].addmm_(x.t(), du)
+                    dy = (dy * weight[block, None]).to(factors)
+                _add_product(sums[2], h.to(factors).t(), dy)
+                du = torch.mul(dh, a, out=a).to(factors)
+                dg = _silu_backward_into(dh.mul_(u), g, grad_input=h).to(factors)
+                _add_product(sums[0], x.t(), dg)
+                _add_product(sums[1], x.t(), du)
                 _product(dg, own1, drows[block], du, own3)
-            for dw, total in zip((dw1, dw3, dw2), sums, strict=True):
+            for dw, total in zip(dws, sums, strict=True):
                 dw[e].copy_(total)
 
         _each(ctx.counts, expert)
-        return drows, dw1, dw3, dw2, dweight, None
+        return drows, *dws, dweight, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+@cache
+def _factors(dtype: torch.dtype) -> torch.dtype:
+    """The type in which matrices are multiplied."""
+    if dtype == torch.bfloat16 and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        return dtype
+    return _wide(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, a2: Tensor | None = None, b2: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.moe import by_expert
 from trainer.moe.by_expert import swiglu_by_expert
 
 MANY = [300, 0, 517, 256, 1, 400, 290, 333]
@@ -95,3 +96,14 @@ def test_what_fails_in_a_thread_is_raised() -> None:
     x, w1, w3, w2, weight = inputs(MANY, torch.float32)
     with pytest.raises(RuntimeError):
         swiglu_by_expert(x, MANY, w1, w3, w2[:, :-1], weight)
+
+
+def test_processors_without_narrow_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = inputs(MANY, torch.bfloat16)
+    errors = {}
+    for factors in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(by_expert, "_factors", lambda dtype, factors=factors: factors)
+        pairs = zip(answers(leaves, MANY), truth(leaves, MANY), strict=True)
+        errors[factors] = [float((f.double() - w).abs().max() / w.abs().max()) for f, w in pairs]
+    assert max(errors[torch.float32]) <= 1e-2 and max(errors[torch.bfloat16]) <= 1e-2
+    assert sum(errors[torch.float32]) < sum(errors[torch.bfloat16])
