@@ -57,6 +57,11 @@ class Permutation:
     def num_choices(self) -> int:
         return self.row_of_pair_TK.shape[1]
 
+    @property
+    def token_of_row_N(self) -> Tensor:
+        """Token of each row, -1 where the row is empty."""
+        return torch.div(self.pair_of_row_N, self.num_choices, rounding_mode="floor")
+
 
 def take(x: Tensor, index: Tensor, partial: bool) -> Tensor:
     """``x[index]``, zeros where index is -1."""
@@ -93,8 +98,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        token_of_row = torch.div(permutation.pair_of_row_N, permutation.num_choices, rounding_mode="floor")
-        return take(x_TD, token_of_row, permutation.partial)
+        return take(x_TD, permutation.token_of_row_N, permutation.partial)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -113,8 +117,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         p: Permutation = ctx.permutation
         rows_ND, weight_TK = ctx.saved_tensors
-        token_of_row = torch.div(p.pair_of_row_N, p.num_choices, rounding_mode="floor")
-        grad_ND = take(grads[0], token_of_row, p.partial)
+        grad_ND = take(grads[0], p.token_of_row_N, p.partial)
         dot_N = (grad_ND.to(weight_TK.dtype) * rows_ND.to(weight_TK.dtype)).sum(-1)
         grad_weight = take(dot_N, p.row_of_pair_TK.flatten(), p.partial).view_as(weight_TK)
         weight_N = take(weight_TK.flatten(), p.pair_of_row_N, p.partial)
@@ -130,8 +133,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         p: Permutation = ctx.permutation
-        token_of_row = torch.div(p.pair_of_row_N, p.num_choices, rounding_mode="floor")
-        return take(grads[0], token_of_row, p.partial), None
+        return take(grads[0], p.token_of_row_N, p.partial), None
 
 
 class _WeightsOfRows(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ def empty_pages(size: int) -> Tensor:
     """Zeros at the beginning of a page, uint8 [``size`` rounded up to whole pages]."""
     pages = mmap.mmap(-1, max(size + -size % PAGE, PAGE))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that was built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

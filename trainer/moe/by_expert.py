@@ -87,7 +87,7 @@ class _ByExpert(torch.autograd.Function):
         dweight = None if weight is None else torch.empty_like(weight)
 
         def expert(e: int, blocks: list[slice]) -> None:
-            own1, own3, own2 = (w[e].to(factors).t() for w in (w1, w3, w2))
+            own1, own3, own2 = (w[e].to(factors).t() for w in (w1, w3, w2))  # [F, D], [F, D], [D, F]
             sums = [dw[e].zero_() if dw.dtype == wide else torch.zeros_like(dw[e], dtype=wide) for dw in dws]
             for block in blocks:
                 x, dy = rows[block].to(factors), dout[block].to(factors)
@@ -178,7 +178,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="expert")
     list(pool.map(alone, range(threads)))
-    torch.set_num_threads(
-        threads
-    )  # the caller's and that of threads to come, which the workers' setting was too
+    # The workers' setting was that of threads to come, too.
+    torch.set_num_threads(threads)
     return pool
