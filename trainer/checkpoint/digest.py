@@ -84,8 +84,9 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 def _sums(indices: Tensor, bits: Tensor, key: int) -> Tensor:
     """Both lanes ``[2]`` of elements anywhere, int64."""
     place = indices & (_PLACES - 1)
-    bits.add_(1).mul_(mix64((indices >> 16) ^ signed(key)) | 1)
-    return torch.stack([(bits * table[place]).sum() for table in _tables(bits.device)])
+    # Not in place: of a 64-bit tensor the bits are its own memory.
+    products = (bits + 1) * (mix64((indices >> 16) ^ signed(key)) | 1)
+    return torch.stack([(products * table[place]).sum() for table in _tables(bits.device)])
 
 
 def _sums_of_run(words: NDArray[Any], start: int, key: int) -> Tensor:

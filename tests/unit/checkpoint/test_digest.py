@@ -56,6 +56,16 @@ def test_elements_that_are_no_neighbours_are_the_same_sum() -> None:
     assert combine(parts) == whole
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float32, torch.bfloat16])
+def test_looking_changes_nothing(dtype: torch.dtype) -> None:
+    tensor = torch.randn(6, 10).mul(100).to(dtype)
+    before = tensor.clone()
+    digest_of(tensor)
+    # A column of its own: its elements are no neighbours in the whole tensor.
+    weights_digest([StateSlice("model.w", (6, 40), (0, 10), tensor, True)])
+    assert torch.equal(tensor, before)
+
+
 def test_every_bit_of_every_tensor_matters() -> None:
     state = sample_state()
     seen = {combine([weights_digest(one_process(state)[0])])}
