@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -52,30 +51,19 @@ def mix64(x: Tensor) -> Tensor:
         int64 of the same shape, each bit of which depends on all bits of its input.
     """
     if x.device.type == "cpu":
+        # Unsigned words are multiplied in vectors, in half of torch's time.
         words = np.array(x.numpy()).view(np.uint64)
-        return torch.from_numpy(mix64_words_(words, np.empty_like(words)).view(np.int64))
+        scratch = np.empty_like(words)
+        words += np.uint64(_GOLDEN)
+        for bits, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+            words ^= np.right_shift(words, np.uint64(bits), out=scratch)
+            words *= np.uint64(multiplier)
+        words ^= np.right_shift(words, np.uint64(31), out=scratch)
+        return torch.from_numpy(words.view(np.int64))
     x = x + signed(_GOLDEN)
     x.bitwise_xor_(_logical_shift(x, 30)).mul_(signed(_MULTIPLIERS[0]))
     x.bitwise_xor_(_logical_shift(x, 27)).mul_(signed(_MULTIPLIERS[1]))
     return x.bitwise_xor_(_logical_shift(x, 31))
-
-
-def mix64_words_(words: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """:func:`mix64` in place, on a CPU: unsigned words are multiplied in vectors, in half of torch's time.
-
-    Args:
-        words: any shape.
-        scratch: of the same shape; overwritten.
-
-    Returns:
-        ``words``.
-    """
-    words += np.uint64(_GOLDEN)
-    for bits, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        words ^= np.right_shift(words, np.uint64(bits), out=scratch)
-        words *= np.uint64(multiplier)
-    words ^= np.right_shift(words, np.uint64(31), out=scratch)
-    return words
 
 
 def mix64_int(x: int) -> int:

@@ -42,15 +42,15 @@ class LocalDispatcher:
         counts_E = rows_of_experts(routing, routing.expert_TK)
         none = torch.zeros((), dtype=torch.int64, device=x_TD.device)
         num_rows = home.pair_of_row_N.shape[0]
-        if self.budget is None and getattr(experts, "weighs", False):
-            weight_N = weights_of_rows(routing.weight_TK, home)
-            return gather(experts(spread(x_TD, home), counts_E, weight_N), None, home), none
-        if self.budget is None:
-            answers = experts(spread(x_TD, home), counts_E)
-        else:
+        if self.budget is not None:
             rounds = num_rounds(num_rows, self.budget)
             planned = Rounds.plan(home, torch.tensor([[num_rows]]), 0, rounds, counts_E[None])
             answers = run_in_rounds(x_TD, planned, _stay, experts)
+        elif getattr(experts, "weighs", False):  # experts of a user's own may not
+            answers = experts(spread(x_TD, home), counts_E, weights_of_rows(routing.weight_TK, home))
+            return gather(answers, None, home), none
+        else:
+            answers = experts(spread(x_TD, home), counts_E)
         return gather(answers, routing.weight_TK, home), none
 
 

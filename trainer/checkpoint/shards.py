@@ -113,9 +113,8 @@ def write_shard(path: Path, image: ShardImage) -> str:
                     _through_cache(descriptor)
                 try:
                     block = block[os.write(descriptor, block[: whole or None]) :]
-                except (
-                    OSError
-                ) as error:  # a disk with larger blocks, or the rest of a block that was cut short
+                except OSError as error:
+                    # EINVAL: a disk with larger blocks, or the rest of a block that was cut short.
                     if error.errno != errno.EINVAL or not _through_cache(descriptor):
                         raise
         os.fsync(descriptor)
