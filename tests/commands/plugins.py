@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -52,7 +53,8 @@ class SignalAgent(Callback):
 class FillDisk(Callback):
     """Rank 0 fills the run's disk up to ``leave`` bytes, in the step after ``step`` ones.
 
-    With ``free_at`` it makes room again in the step after so many, when a save has failed meanwhile.
+    With ``free_at`` it keeps the disk full (others free a page now and then: a file replaced, a save given
+    up) and makes room again in the step after so many, when a save has failed meanwhile.
     """
 
     def __init__(self, step: int, leave: int, ballast: str, committed: int, free_at: int = -1) -> None:
@@ -64,6 +66,7 @@ class FillDisk(Callback):
             return
         if trainer.state.step == self.at:
             wait_until(lambda: trainer.checkpoints.committed(self.committed), "the first checkpoint")
+        if trainer.state.step == self.at or self.at < trainer.state.step < self.free_at:
             fill(self.ballast, self.leave)
         if trainer.state.step == self.free_at:
             wait_until(lambda: trainer.checkpoints.error is not None, "a save that fails")
@@ -73,8 +76,12 @@ class FillDisk(Callback):
 def fill(ballast: Path, leave: int) -> None:
     """Write a file beside others until only ``leave`` bytes are free there."""
     size = shutil.disk_usage(ballast.parent).free - leave
-    with ballast.open("ab") as file:
-        file.write(b"x" * size)
+    try:
+        with ballast.open("ab") as file:
+            file.write(b"x" * size)
+    except OSError as error:  # somebody was quicker: it is full
+        if error.errno != errno.ENOSPC:
+            raise
 
 
 class Collapse(Callback):
