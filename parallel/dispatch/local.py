@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from parallel.dispatch.base import Dispatched, Routing
 from parallel.dispatch.bounded import run_in_rounds
-from parallel.dispatch.permute import Permutation, count, gather, plan, spread, weights_of_rows
+from parallel.dispatch.permute import Permutation, count, gather, plan, spread
 from parallel.dispatch.rounds import Rounds, num_rounds
 
 
@@ -46,9 +46,8 @@ class LocalDispatcher:
             rounds = num_rounds(num_rows, self.budget)
             planned = Rounds.plan(home, torch.tensor([[num_rows]]), 0, rounds, counts_E[None])
             answers = run_in_rounds(x_TD, planned, _stay, experts)
-        elif getattr(experts, "weighs", False):  # experts of a user's own may not
-            answers = experts(spread(x_TD, home), counts_E, weights_of_rows(routing.weight_TK, home))
-            return gather(answers, None, home), none
+        elif getattr(experts, "takes_tokens", False):  # experts of a user's own may not
+            return experts(x_TD, counts_E, home, routing.weight_TK), none
         else:
             answers = experts(spread(x_TD, home), counts_E)
         return gather(answers, routing.weight_TK, home), none

@@ -7,6 +7,7 @@ device, which a scatter with atomics does not give.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -62,6 +63,15 @@ class Permutation:
         """Token of each row, -1 where the row is empty."""
         return torch.div(self.pair_of_row_N, self.num_choices, rounding_mode="floor")
 
+    def split(self, num_rows: list[int]) -> list[Permutation]:
+        """One for each run of so many rows; pairs of the others are dropped in it."""
+        ends, parts = list(accumulate(num_rows)), self.pair_of_row_N.split(num_rows)
+        rows = self.row_of_pair_TK
+        return [
+            Permutation(torch.where((rows >= end - num) & (rows < end), rows - (end - num), -1), part, True)
+            for end, num, part in zip(ends, num_rows, parts, strict=True)
+        ]
+
 
 def take(x: Tensor, index: Tensor, partial: bool) -> Tensor:
     """``x[index]``, zeros where index is -1."""
@@ -87,10 +97,13 @@ def weighted_sum(rows_ND: Tensor, index_TK: Tensor, weight_TK: Tensor | None, pa
         weights = None if weight_TK is None else weight_TK.to(torch.float32)
         return F.embedding_bag(index_TK, rows_ND, per_sample_weights=weights, mode="sum")
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    out = torch.zeros(num_tokens, rows_ND.shape[1], dtype=wide, device=rows_ND.device)
+    out: Tensor | None = None
     for k in range(num_choices):
         picked = rows_ND.index_select(0, index_TK[:, k]).to(wide)
-        out += picked if weight_TK is None else picked * weight_TK[:, k, None]
+        if weight_TK is not None:
+            picked *= weight_TK[:, k, None]
+        out = picked if out is None else out.add_(picked)
+    assert out is not None, "at least one choice"
     return out.to(rows_ND.dtype)
 
 
@@ -124,44 +137,13 @@ class _Gather(torch.autograd.Function):
         return (grad_ND * weight_N[:, None]).to(rows_ND.dtype), grad_weight, None
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, permutation: Permutation) -> Tensor:
-        ctx.permutation = permutation
-        return weighted_sum(rows_ND, permutation.row_of_pair_TK, None, permutation.partial)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        p: Permutation = ctx.permutation
-        return take(grads[0], p.token_of_row_N, p.partial), None
-
-
-class _WeightsOfRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight_TK: Tensor, permutation: Permutation) -> Tensor:
-        ctx.permutation = permutation
-        return take(weight_TK.flatten(), permutation.pair_of_row_N, permutation.partial)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        p: Permutation = ctx.permutation
-        return take(grads[0], p.row_of_pair_TK.flatten(), p.partial).view_as(p.row_of_pair_TK), None
-
-
 def spread(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """Copy each token to the rows of its pairs: ``[T, D] → [N, D]``; empty rows are zero."""
     return _Spread.apply(x_TD, permutation)
 
 
-def weights_of_rows(weight_TK: Tensor, permutation: Permutation) -> Tensor:
-    """The weight of each row's pair, ``[N]``; 0 where the row is empty."""
-    return _WeightsOfRows.apply(weight_TK, permutation)
-
-
-def gather(rows_ND: Tensor, weight_TK: Tensor | None, permutation: Permutation) -> Tensor:
-    """Weighted sum of each token's rows: ``[N, D] → [T, D]``; a dropped pair adds nothing. None: weights are 1."""
-    if weight_TK is None:
-        return _Sum.apply(rows_ND, permutation)
+def gather(rows_ND: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
+    """Weighted sum of each token's rows: ``[N, D] → [T, D]``; a dropped pair adds nothing."""
     return _Gather.apply(rows_ND, weight_TK, permutation)
 
 

@@ -1,114 +1,168 @@
 """Gated experts on a CPU: an expert a thread, a block of rows at a time, little kept for backward.
 
-    forward     h = silu(x w1) ∘ (x w3)        y = weight · (h w2)
+    forward     h = silu(x w1) ∘ (x w3)        y = Σ weight · (h w2)
     backward    dh = dy w2ᵀ                    dweight = ⟨dh, h⟩ (so y need not be kept: SonicMoE, arXiv:2512.14080)
 
-Kept are x and the two projections; h is computed again, which costs one pass where keeping it costs memory. What a
-block of rows needs in between stays in a core's cache. A matrix product is computed by one thread where the experts
-are many enough to give each thread some: it never waits for another, and its bits do not depend on their number.
+Combine weights meet rows where these are narrow: x and dy in the gradients of an expert's weights, answers and dx
+on their way home. Kept are x and the two projections; h is computed again: one pass, where keeping it costs memory.
+Rows are taken from the tokens, and their gradients from the tokens', by the block: neither ever stands there as a
+whole. All rows, of whatever experts, are cut into a few equal runs; a thread computes a run by itself and waits for
+no other before its end. Up to 4 threads the cuts, and so the bits, do not depend on their number.
+
 Narrow types are multiplied in fp32, an expert's weights at a time, on processors that would have to take them apart
 (bf16 without AVX512-BF16 or AMX: a third of fp32's speed); between products all is at least fp32.
 
-Shape suffixes: N rows, E experts, D model width, F expert width.
+Shape suffixes: T tokens, K choices a token, N rows, E experts, D model width, F expert width.
 """
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.dispatch.permute import Permutation, take, weighted_sum
+
 _ROWS = 512
-"""Of a block, a thread: 256 to 1024 are alike, fewer cost more calls."""
+"""Of a block: 256 to 1024 are alike, fewer cost more calls."""
+
+_RUNS = 4
+"""Into how many equal runs all rows are cut, at least: a thread takes one at a time."""
+
+_FEW = 64
+"""Rows for which no further thread is woken."""
 
 _silu_backward_into = torch.ops.aten.silu_backward.grad_input
 
-Work = Callable[[int, list[slice]], None]
-"""Given an expert and the blocks of its rows."""
+Found = TypeVar("Found")
 
 
 def swiglu_by_expert(
-    rows_ND: Tensor,
-    counts: list[int],
-    w1_EDF: Tensor,
-    w3_EDF: Tensor,
-    w2_EFD: Tensor,
-    weight_N: Tensor | None = None,
+    rows_ND: Tensor, counts: list[int], w1_EDF: Tensor, w3_EDF: Tensor, w2_EFD: Tensor
 ) -> Tensor:
-    """``weight · (silu(x w1) ∘ (x w3)) w2`` of rows sorted by expert, ``[N, D]``.
+    """``(silu(x w1) ∘ (x w3)) w2`` of rows sorted by expert, ``[N, D]``.
 
     Args:
         rows_ND: on the CPU, of any floating type.
         counts: rows of each expert; they sum to N.
         w1_EDF, w3_EDF, w2_EFD: of the rows' type.
-        weight_N: fp32 or wider; None: 1.
     """
-    return _ByExpert.apply(rows_ND, w1_EDF, w3_EDF, w2_EFD, weight_N, counts)
+    return _ByExpert.apply(rows_ND, w1_EDF, w3_EDF, w2_EFD, None, None, counts)
+
+
+def swiglu_of_tokens(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    home: Permutation,
+    counts: list[int],
+    w1_EDF: Tensor,
+    w3_EDF: Tensor,
+    w2_EFD: Tensor,
+) -> Tensor:
+    """``Σ_k weight[t, k] · swiglu(x[t])`` of each token's experts, ``[T, D]``; rows are taken where they are used.
+
+    Args:
+        x_TD: on the CPU, of any floating type.
+        weight_TK: fp32 or wider.
+        home: between the tokens' pairs and rows sorted by expert.
+        counts: rows of each expert.
+        w1_EDF, w3_EDF, w2_EFD: of the tokens' type.
+    """
+    return _ByExpert.apply(x_TD, w1_EDF, w3_EDF, w2_EFD, weight_TK, home, counts)
 
 
 class _ByExpert(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, weight: Tensor | None, counts: list[int]
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+        weight_TK: Tensor | None,
+        home: Permutation | None,
+        counts: list[int],
     ) -> Tensor:
-        gate = rows.new_empty(rows.shape[0], w1.shape[2])
-        up, out = torch.empty_like(gate), torch.empty_like(rows)
-        factors, wide = _factors(rows.dtype), _wide(rows.dtype)
+        gate = x.new_empty(sum(counts), w1.shape[2])
+        up, out = torch.empty_like(gate), x.new_empty(len(gate), x.shape[1])
+        factors, wide = _factors(x.dtype), _wide(x.dtype)
+        rows = _rows_of(home)
 
-        def expert(e: int, blocks: list[slice]) -> None:
-            own1, own3, own2 = (w[e].to(factors) for w in (w1, w3, w2))
-            for block in blocks:
-                x = rows[block].to(factors)
-                g, u = _product(x, own1, gate[block]).to(wide), _product(x, own3, up[block])
-                h = F.silu(g).mul_(u)
-                if weight is not None:
-                    h.mul_(weight[block, None])
-                _product(h.to(factors), own2, out[block])
+        def forward(piece: Piece) -> None:
+            own1, own3, own2 = (w[piece.expert].to(factors) for w in (w1, w3, w2))
+            for block in piece.blocks():
+                own = rows(x, block).to(factors)
+                g, u = _product(own, own1, gate[block]).to(wide), _product(own, own3, up[block])
+                _product(F.silu(g).mul_(u).to(factors), own2, out[block])
 
-        _each(counts, expert)
-        ctx.counts = counts
-        ctx.save_for_backward(rows, gate, up, w1, w3, w2, weight)
-        return out
+        _each(counts, forward)
+        ctx.home, ctx.counts = home, counts
+        ctx.save_for_backward(x, gate, up, w1, w3, w2, weight_TK)
+        return out if home is None else weighted_sum(out, home.row_of_pair_TK, weight_TK, home.partial)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate, up, w1, w3, w2, weight = ctx.saved_tensors
-        factors, wide = _factors(rows.dtype), _wide(rows.dtype)
-        drows, *dws = (torch.empty_like(x) for x in (rows, w1, w3, w2))
+        x, gate, up, w1, w3, w2, weight_TK = ctx.saved_tensors
+        home: Permutation | None = ctx.home
+        factors, wide = _factors(x.dtype), _wide(x.dtype)
+        rows, weight = _rows_of(home), _weight_of_rows(weight_TK, home)
+        dx = x.new_empty(len(gate), x.shape[1])
+        dws = [torch.empty_like(w) for w in (w1, w3, w2)]
         dweight = None if weight is None else torch.empty_like(weight)
 
-        def expert(e: int, blocks: list[slice]) -> None:
-            own1, own3, own2 = (w[e].to(factors).t() for w in (w1, w3, w2))  # [F, D], [F, D], [D, F]
-            sums = [dw[e].zero_() if dw.dtype == wide else torch.zeros_like(dw[e], dtype=wide) for dw in dws]
-            for block in blocks:
-                x, dy = rows[block].to(factors), dout[block].to(factors)
+        def backward(piece: Piece) -> list[_Sum]:
+            own1, own3, own2 = (
+                w[piece.expert].to(factors).t() for w in (w1, w3, w2)
+            )  # [F, D], [F, D], [D, F]
+            sums = [_Sum(dw[piece.expert], piece) for dw in dws]
+            for block in piece.blocks():
+                own, dy = rows(x, block).to(factors), rows(dout, block).to(factors)
                 g, u = gate[block].to(wide), up[block].to(wide)
                 a = F.silu(g)
                 h, dh = a * u, (dy @ own2).to(wide)
                 if weight is not None and dweight is not None:
                     dweight[block] = torch.linalg.vecdot(dh, h)
-                    dh.mul_(weight[block, None])
-                    dy = (dy * weight[block, None]).to(factors)
-                _add_product(sums[2], h.to(factors).t(), dy)
+                    dy.mul_(weight[block, None])  # copies of their own: weighted here, where they are narrow
+                    own.mul_(weight[block, None])
+                sums[2].add(h.to(factors).t(), dy)
                 du = torch.mul(dh, a, out=a).to(factors)
                 dg = _silu_backward_into(dh.mul_(u), g, grad_input=h).to(factors)
-                _add_product(sums[0], x.t(), dg)
-                _add_product(sums[1], x.t(), du)
-                _product(dg, own1, drows[block], du, own3)
-            for dw, total in zip(dws, sums, strict=True):
-                dw[e].copy_(total)
+                sums[0].add(own.t(), dg)
+                sums[1].add(own.t(), du)
+                _product(dg, own1, dx[block], du, own3)
+            return [part for part in sums if not part.done()]
 
-        _each(ctx.counts, expert)
-        return drows, *dws, dweight, None
+        _add_up(_each(ctx.counts, backward))
+        if home is None or dweight is None:
+            return dx, *dws, None, None, None
+        dx = weighted_sum(dx, home.row_of_pair_TK, weight_TK, home.partial)
+        dweight_TK = take(dweight, home.row_of_pair_TK.flatten(), home.partial).view_as(weight_TK)
+        return dx, *dws, dweight_TK, None, None
+
+
+def _rows_of(home: Permutation | None) -> Callable[[Tensor, slice], Tensor]:
+    """Gives a block of rows: of a tensor that has them, or of one that has tokens."""
+    if home is None:
+        return lambda rows, block: rows[block]
+    token_N, partial = home.token_of_row_N, home.partial
+    return lambda tokens, block: take(tokens, token_N[block], partial)
+
+
+def _weight_of_rows(weight_TK: Tensor | None, home: Permutation | None) -> Tensor | None:
+    if weight_TK is None or home is None:
+        return None
+    return take(weight_TK.flatten(), home.pair_of_row_N, home.partial)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -125,11 +179,50 @@ def _factors(dtype: torch.dtype) -> torch.dtype:
     return _wide(dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
+class _Sum:
+    """The part of a weight's gradient that a piece of its expert's rows makes: products summed in fp32 (or wider).
+
+    Args:
+        out: the gradient; holds nothing yet and may be narrower.
+    """
+
+    def __init__(self, out: Tensor, piece: Piece) -> None:
+        self.out, self.piece = out, piece
+        self.total: Tensor | None = None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a b``, whose factors may be narrower than the sum."""
+        wide = _wide(self.out.dtype)
+        if self.total is None:
+            inside = self.piece.index == 0 and self.out.dtype == wide == a.dtype
+            self.total = torch.mm(a, b, out=self.out) if inside else (a @ b).to(wide)
+        elif a.dtype == wide:
+            self.total.addmm_(a, b)
+        else:
+            self.total.add_(a @ b)
+
+    def done(self) -> bool:
+        """Put it where it belongs, if no other piece has a part in it."""
+        if self.piece.of > 1:
+            return False
+        if self.total is None:
+            self.out.zero_()
+        elif self.total is not self.out:
+            self.out.copy_(self.total)
+        return True
+
+
+def _add_up(found: list[list[_Sum]]) -> None:
+    """Sums of experts whose rows were cut, in the order of the pieces."""
+    first: dict[int, Tensor] = {}
+    for part in chain.from_iterable(found):
+        assert part.total is not None, "no piece of several is empty"
+        key = part.out.data_ptr()
+        total = first.setdefault(key, part.total)
+        if total is not part.total:
+            total.add_(part.total)
+        if part.piece.index == part.piece.of - 1 and total is not part.out:
+            part.out.copy_(total)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, a2: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
@@ -142,28 +235,52 @@ def _product(a: Tensor, b: Tensor, out: Tensor, a2: Tensor | None = None, b2: Te
     return result
 
 
-def _each(counts: list[int], work: Work) -> None:
-    """All experts, the ones with most rows first: one a thread, unless one has more rows than a thread's share."""
-    threads, total = torch.get_num_threads(), sum(counts)
-    together = 4 * max(counts) * threads <= 5 * total
-    step = _ROWS if together else _ROWS * threads
-    begins = [0, *accumulate(counts)]
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring rows ``begin … end - 1`` of an expert, the ``index``-th piece ``of`` so many."""
 
-    def one(e: int) -> None:
-        work(e, [slice(at, min(at + step, begins[e + 1])) for at in range(begins[e], begins[e + 1], step)])
+    expert: int
+    begin: int
+    end: int
+    index: int
+    of: int
 
-    order = sorted(range(len(counts)), key=lambda e: -counts[e])
-    if threads == 1 or not together:
-        for e in order:
-            one(e)
-        return
+    def blocks(self) -> list[slice]:
+        """Runs of rows that are computed at a time."""
+        return [slice(at, min(at + _ROWS, self.end)) for at in range(self.begin, self.end, _ROWS)]
+
+
+def cut(counts: list[int], num_runs: int) -> list[list[Piece]]:
+    """The rows of all experts in so many equal runs; at most ``num_runs - 1`` experts are cut."""
+    ends = [sum(counts) * (i + 1) // num_runs for i in range(num_runs)]
+    runs: list[list[Piece]] = [[] for _ in ends]
+    begin = 0
+    for expert, count in enumerate(counts):
+        end = begin + count
+        bounds = [begin, *(at for at in ends if begin < at < end), end]
+        for index, (first, last) in enumerate(pairwise(bounds)):
+            run = runs[min(bisect_right(ends, first), num_runs - 1)]
+            run.append(Piece(expert, first, last, index, len(bounds) - 1))
+        begin = end
+    return runs
+
+
+def _each(counts: list[int], work: Callable[[Piece], Found]) -> list[Found]:
+    """All pieces of all experts, in their order, a run a thread; where rows are few, by the caller alone."""
+    threads = torch.get_num_threads()
+    num_runs = min(max(_RUNS, threads), sum(counts) // _FEW)
+    if num_runs < 2:
+        return [work(piece) for run in cut(counts, 1) for piece in run]
+    runs = cut(counts, num_runs)
+    if threads == 1:
+        return [work(piece) for run in runs for piece in run]
     inference = torch.is_inference_mode_enabled()
 
-    def elsewhere(e: int) -> None:
+    def elsewhere(run: list[Piece]) -> list[Found]:
         with torch.inference_mode(inference), torch.no_grad():
-            one(e)
+            return [work(piece) for piece in run]
 
-    list(_pool(threads).map(elsewhere, order))
+    return list(chain.from_iterable(_pool(threads).map(elsewhere, runs)))
 
 
 @cache

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.dispatch.permute import Permutation
 from trainer.config import Activation, RunConfig
 from trainer.config_moe import ExpertSize
 from trainer.models.layers import activate
-from trainer.moe.by_expert import swiglu_by_expert
+from trainer.moe.by_expert import swiglu_by_expert, swiglu_of_tokens
 
 
 def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -60,23 +61,30 @@ class Experts(nn.Module):
         )
 
     @property
-    def weighs(self) -> bool:
-        """Whether ``forward`` takes the combine weights, so that nobody need keep its answers to find their
-        gradient."""
+    def takes_tokens(self) -> bool:
+        """Whether ``forward`` takes tokens and brings the answers home by itself."""
         return self.w3 is not None and self.w1.device.type == "cpu"
 
-    def forward(self, rows_ND: Tensor, counts_E: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        rows_ND: Tensor,
+        counts_E: Tensor,
+        home: Permutation | None = None,
+        weight_TK: Tensor | None = None,
+    ) -> Tensor:
         """Rows sorted by expert, ``counts_E`` (int64) of each, to outputs in the same order.
 
-        Args:
-            weight_N: factors of the outputs, fp32; only where it :attr:`weighs`. None: 1.
+        Where it :attr:`takes_tokens` it may be given ``[T, D]`` instead, with the permutation of their pairs to
+        rows and the combine weights; the weighted sums of their answers come back.
         """
         assert counts_E.shape[0] == self.w1.shape[0], "one count an expert"
-        if self.weighs:
+        if self.takes_tokens:
             assert self.w3 is not None
-            w1, w3, w2 = (w.to(rows_ND.dtype) for w in (self.w1, self.w3, self.w2))
-            return swiglu_by_expert(rows_ND, counts_E.tolist(), w1, w3, w2, weight_N)
-        assert weight_N is None, "weights where they are not taken"
+            stacks = [w.to(rows_ND.dtype) for w in (self.w1, self.w3, self.w2)]
+            if home is None or weight_TK is None:
+                return swiglu_by_expert(rows_ND, counts_E.tolist(), *stacks)
+            return swiglu_of_tokens(rows_ND, weight_TK, home, counts_E.tolist(), *stacks)
+        assert home is None, "tokens where rows are taken"
         ends_E = counts_E.cumsum(0).to(torch.int32)
         gate = grouped_linear(rows_ND, self.w1.to(rows_ND.dtype), ends_E)
         up = None if self.w3 is None else grouped_linear(rows_ND, self.w3.to(rows_ND.dtype), ends_E)
@@ -96,16 +104,28 @@ class SizedExperts(nn.Module):
         self.sizes = nn.ModuleList(Experts(size.num, dim, size.ffn_dim, activation) for size in sizes)
 
     @property
-    def weighs(self) -> bool:
-        """As :attr:`Experts.weighs`."""
-        return all(stack.weighs for stack in self.sizes)
+    def takes_tokens(self) -> bool:
+        """As :attr:`Experts.takes_tokens`."""
+        return all(stack.takes_tokens for stack in self.sizes)
 
-    def forward(self, rows_ND: Tensor, counts_E: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        rows_ND: Tensor,
+        counts_E: Tensor,
+        home: Permutation | None = None,
+        weight_TK: Tensor | None = None,
+    ) -> Tensor:
         """As :meth:`Experts.forward`, experts in the order of the sizes. One host sync."""
         # Not from the weights: outside of its own forward a stack's may not be gathered (ZeRO-3).
         share = sum(self.num_of_size) // counts_E.shape[0]
         counts = counts_E.split([num // share for num in self.num_of_size])
         num_rows = torch.stack([part.sum() for part in counts]).tolist()
-        weights = [None] * len(counts) if weight_N is None else weight_N.split(num_rows)
-        parts = zip(self.sizes, rows_ND.split(num_rows), counts, weights, strict=True)
-        return torch.cat([stack(rows, count, weight) for stack, rows, count, weight in parts])
+        if home is None:
+            parts = zip(self.sizes, rows_ND.split(num_rows), counts, strict=True)
+            return torch.cat([stack(rows, count) for stack, rows, count in parts])
+        homes = home.split(num_rows)
+        answers = [
+            stack(rows_ND, count, own, weight_TK)
+            for stack, count, own in zip(self.sizes, counts, homes, strict=True)
+        ]
+        return torch.stack(answers).sum(0)
