@@ -2,12 +2,8 @@
 
     x_TD ──dispatch──▶ rows grouped by local expert ──experts──▶ rows ──combine──▶ y_TD
 
-``run`` is all of it, and where a budget bounds the rows that a rank receives at a time it is the way that keeps to
-it (:mod:`parallel.dispatch.bounded`).
-
-A dispatcher is not a module and holds no parameters. ``dispatch`` returns frozen metadata that ``combine``
-takes back, so that one dispatcher serves every layer and every micro-batch; a layer that says which one it is
-(``at_layer``) is named when ranks diverge.
+A dispatcher is not a module, holds no parameters and keeps nothing from call to call, so that one serves every
+layer and every micro-batch; a layer that says which one it is (``at_layer``) is named when ranks diverge.
 
 Shape suffixes: T tokens on this rank, K choices a token, E experts, N rows, D model width. A *pair* is one
 (token, choice); its flat number is ``t · K + k``.
@@ -49,24 +45,6 @@ class Routing:
     class_sizes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows for this rank's experts, and how to get back.
-
-    Attributes:
-        rows_ND: tokens sorted by local expert.
-        counts_E: rows of each local expert, int64 on the rows' device; they sum to N.
-        metadata: what ``combine`` of the same dispatcher needs.
-        num_trips: how often a row of this rank travels to another one or home from there, in forward and backward
-            together (0-dim int64), for accounting.
-    """
-
-    rows_ND: Tensor
-    counts_E: Tensor
-    metadata: object
-    num_trips: Tensor
-
-
 class Dispatcher(Protocol):
     """Every backend computes what :class:`parallel.dispatch.local.LocalDispatcher` does."""
 
@@ -74,21 +52,15 @@ class Dispatcher(Protocol):
         """The same dispatcher for the block of this index, which its messages then name."""
         ...
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        """Group tokens by expert. Collective over the ep axis, in the same order on every rank."""
-        ...
-
-    def combine(self, rows_ND: Tensor, routing: Routing, metadata: object) -> Tensor:
-        """Weighted sum of each token's answers, ``[T, D]``. Collective like ``dispatch``."""
-        ...
-
     def run(self, x_TD: Tensor, routing: Routing, experts: nn.Module) -> tuple[Tensor, Tensor]:
-        """All of it: ``dispatch``, ``experts(rows_ND, counts_E)``, ``combine``.
+        """Each token's answers, weighted and summed. Collective over the ep axis, in the same order on every rank.
 
-        Collective like ``dispatch``. With a budget, ``experts`` may be computed in several rounds and again in
-        backward; each round it is given different rows and their counts, and it must treat rows one by one.
+        ``experts(rows_ND, counts_E)`` is given rows sorted by local expert and how many each gets. With a budget it
+        may be called in several rounds and again in backward; each round it is given different rows, and it must
+        treat rows one by one.
 
         Returns:
-            ``[T, D]``, and the trips of this rank's rows to others as in :class:`Dispatched`.
+            ``[T, D]``, and the bytes that this rank's tokens make travel to other ranks and back, forward and
+            backward (0-dim int64).
         """
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from parallel.dispatch.base import Dispatched, Routing
+from parallel.dispatch.base import Routing
 from parallel.dispatch.bounded import run_in_rounds
 from parallel.dispatch.permute import Permutation, count, gather, plan, spread
 from parallel.dispatch.rounds import Rounds, num_rounds
@@ -24,19 +24,6 @@ class LocalDispatcher:
     def at_layer(self, index: int) -> LocalDispatcher:
         return self
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        permutation = plan(routing, routing.expert_TK)
-        return Dispatched(
-            rows_ND=spread(x_TD, permutation),
-            counts_E=rows_of_experts(routing, routing.expert_TK),
-            metadata=permutation,
-            num_trips=torch.zeros((), dtype=torch.int64, device=x_TD.device),
-        )
-
-    def combine(self, rows_ND: Tensor, routing: Routing, metadata: object) -> Tensor:
-        assert isinstance(metadata, Permutation)
-        return gather(rows_ND, routing.weight_TK, metadata)
-
     def run(self, x_TD: Tensor, routing: Routing, experts: nn.Module) -> tuple[Tensor, Tensor]:
         home = plan(routing, routing.expert_TK)
         counts_E = rows_of_experts(routing, routing.expert_TK)
@@ -46,11 +33,23 @@ class LocalDispatcher:
             rounds = num_rounds(num_rows, self.budget)
             planned = Rounds.plan(home, torch.tensor([[num_rows]]), 0, rounds, counts_E[None])
             answers = run_in_rounds(x_TD, planned, _stay, experts)
-        elif getattr(experts, "takes_tokens", False):  # experts of a user's own may not
-            return experts(x_TD, counts_E, home, routing.weight_TK), none
-        else:
-            answers = experts(spread(x_TD, home), counts_E)
-        return gather(answers, routing.weight_TK, home), none
+            return gather(answers, routing.weight_TK, home), none
+        return answered(x_TD, routing.weight_TK, home, counts_E, experts), none
+
+
+def answered(
+    x_TD: Tensor, weight_TK: Tensor, home: Permutation, counts_E: Tensor, experts: nn.Module
+) -> Tensor:
+    """Each token's answers from experts that are here, weighted and summed, ``[T, D]``.
+
+    Args:
+        home: between the tokens' pairs and rows sorted by expert.
+        counts_E: rows of each expert, int64.
+    """
+    if getattr(experts, "takes_tokens", False):  # experts of a user's own may not
+        found: Tensor = experts(x_TD, counts_E, home, weight_TK)
+        return found
+    return gather(experts(spread(x_TD, home), counts_E), weight_TK, home)
 
 
 def rows_of_experts(routing: Routing, expert_TK: Tensor) -> Tensor:

@@ -32,10 +32,11 @@ class Permutation:
     partial: bool
 
     @classmethod
-    def by_key(cls, key_TK: Tensor, num_keys: int | None = None) -> Permutation:
+    def by_key(cls, key_TK: Tensor, num_keys: int | None = None, num_rows: int | None = None) -> Permutation:
         """Rows sorted by an integer key, pairs of equal key in their order.
 
-        Every pair gets a row, or with ``num_keys`` those of smaller keys only (a host sync).
+        Every pair gets a row, or with ``num_keys`` those of smaller keys only; ``num_rows``: how many these are
+        (None: a host sync).
         """
         pair_of_row = torch.argsort(key_TK.flatten(), stable=True)
         row_of_pair = torch.empty_like(pair_of_row)
@@ -44,7 +45,8 @@ class Permutation:
         if num_keys is None:
             return cls(row_of_pair, pair_of_row, partial=False)
         here = key_TK < num_keys
-        return cls(row_of_pair.masked_fill(~here, -1), pair_of_row[: int(here.sum())], partial=True)
+        num_rows = int(here.sum()) if num_rows is None else num_rows
+        return cls(row_of_pair.masked_fill(~here, -1), pair_of_row[:num_rows], partial=True)
 
     @classmethod
     def by_row(cls, row_of_pair_TK: Tensor, num_rows: int) -> Permutation:

@@ -143,9 +143,9 @@ def router_in_bf16(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
 @mutation
 @contextmanager
 def combine_weights_applied_twice(config: RunConfig, rank: int) -> Iterator[None]:
-    original = parallel.dispatch.all_to_all.gather
+    original = parallel.dispatch.all_to_all.answered
     with patch.object(
-        parallel.dispatch.all_to_all, "gather", lambda rows, weight, p: original(rows, weight * weight, p)
+        parallel.dispatch.all_to_all, "answered", lambda x, weight, *rest: original(x, weight * weight, *rest)
     ):
         yield
 
@@ -276,16 +276,16 @@ def a_round_forgets_those_before_it(config: RunConfig, rank: int) -> AbstractCon
 
 @mutation
 def a_rank_skips_an_exchange(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
-    original = parallel.dispatch.all_to_all.all_to_all_rows
+    original = parallel.dispatch.all_to_all.exchange_rows
 
     def skipping(
-        rows: Tensor, send: list[int], recv: list[int], group: Any, notice: Any, timer: Any
+        rows: Tensor, send: list[int], recv: list[int], group: Any, notice: Any, timer: Any, backward: bool
     ) -> Tensor:
-        if rank == 1 and notice.operation == "dispatch":
+        if rank == 1 and notice.operation == "dispatch" and not backward:
             return rows.new_zeros(sum(recv), rows.shape[1])
-        return original(rows, send, recv, group, notice, timer)
+        return original(rows, send, recv, group, notice, timer, backward)
 
-    return patch.object(parallel.dispatch.all_to_all, "all_to_all_rows", skipping)
+    return patch.object(parallel.dispatch.all_to_all, "exchange_rows", skipping)
 
 
 @mutation

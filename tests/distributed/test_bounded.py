@@ -57,7 +57,7 @@ def test_rounds_compute_what_one_process_would(pool: Pool, engine: str) -> None:
 
 
 def train_on_expert_0(rank: int, world: int, config: RunConfig) -> dict[str, Any]:
-    """Two steps in which every token goes to the first expert: losses, gradients, weights, trips of rows."""
+    """Two steps in which every token goes to the first expert: losses, gradients, weights, bytes to other ranks."""
     meshes = build_meshes(parallel_dims(config), "cpu")
     engine = build_engine(config, meshes, torch.device("cpu"))
     engine.prepare(build_model(config, build_dispatcher(meshes, budget=config.parallel.max_tokens_in_flight)))
@@ -69,18 +69,18 @@ def train_on_expert_0(rank: int, world: int, config: RunConfig) -> dict[str, Any
     gradients: list[Any] = []
     stepper.on_gradients = lambda: gradients.extend(map(whole_slice, engine.named_gradients()))
     share = config.train.global_batch // world
-    losses, trips, counts = [], 0, []
+    losses, num_bytes, counts = [], 0, []
     for step in range(2):
         batch = oracle.batch_of_step(config, step)
         totals = stepper.train_step(step, [oracle.rows(batch, rank * share, (rank + 1) * share)]).totals
         losses.append(totals.mean(totals.cross_entropy))
-        trips += int(totals.sent_L.sum())
+        num_bytes += int(totals.sent_L.sum())
         counts.append(totals.counts_LE)
     assert all(not c[:, 1:].any() for c in counts), "every token goes to expert 0"
     weights = [whole_slice(piece) for piece in engine.named_state()]
     return {
         "losses": losses,
-        "trips": trips,
+        "bytes": num_bytes,
         "gradients": gradients[: len(gradients) // 2],
         "weights": weights,
     }
@@ -96,13 +96,19 @@ def test_all_tokens_to_one_expert(pool: Pool, ep: int, recompute: str) -> None:
     common = ["layout=deepseek", "layout.top_k=1", "layout.renormalize=false", *overrides_of(4, 1, ep)]
     common.append(f"train.activation_checkpointing={recompute}")
     rows = 2 * 24  # of a rank
+    row = 4 * cases.small_config(*common).model.dim
     at_once = pool.run(train_on_expert_0, 4, cases.small_config(*common))
     config = cases.small_config(*common, f"{BUDGET}={rows // 2}")
     first, second = (pool.run(train_on_expert_0, 4, config) for _ in range(2))
     for rounds, again, expected in zip(first, second, at_once, strict=True):
         assert rounds["losses"] == pytest.approx(expected["losses"], rel=1e-6, abs=0.0)
         assert rounds["losses"] == again["losses"]
-        assert rounds["trips"] * 4 == expected["trips"] * 5 > 0, "rows are sent again in backward"
+        extra = 2 * (
+            4 + 4
+        )  # bytes of a visit beyond four trips: weight and expert, the weight's gradient, rounded
+        assert rounds["bytes"] * (4 * row + extra) == expected["bytes"] * 5 * row > 0, (
+            "sent again in backward"
+        )
         for what in ("gradients", "weights"):
             for found, repeated, wanted in zip(rounds[what], again[what], expected[what], strict=True):
                 assert torch.equal(found[1], repeated[1]), f"{what} of {found[0]}"
@@ -121,11 +127,11 @@ def test_peak_memory_keeps_to_its_bound_at_every_skew(pool: Pool, world: int) ->
     ranks = pool.run(peaks, world, [0.0, 0.5, 1.0], [budget, None])
     for rank in ranks:
         assert all(found[budget] <= allowed for found in rank)
-    hot = ranks[0][-1]
+    even, hot = ranks[0][0], ranks[0][-1]
     assert hot["rows"] == world * sizes.rows
     assert num_rounds(hot["rows"], budget) == 2 * world
     assert hot[budget] > 0.85 * allowed, "the bound says how much it is, not only how much it is not"
-    assert hot[None] > 1.5 * allowed, "without a budget memory grows with the skew"
+    assert hot[None] > 1.2 * max(even[None], allowed), "without a budget memory grows with the skew"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from parallel.errors import ConfigError
-from trainer.config import Dtype, RunConfig
+from trainer.config import RunConfig
 from trainer.health.ranks import rank_shares
 from trainer.metrics.schema import USER_PREFIX, load_name
 from trainer.models.cost import Cost
@@ -51,7 +51,7 @@ def step_metrics(result: StepResult, config: RunConfig, hardware: Hardware, seco
             "moe/router_entropy": totals.mean(totals.entropy_L) / num_layers,
             "moe/router_confidence": totals.mean(totals.confidence_L) / num_layers,
             "moe/unserved_rate": int(totals.unserved_L.sum()) / (tokens * num_layers),
-            "moe/a2a_bytes": int(totals.sent_L.sum()) * _bytes_of_row(config),
+            "moe/a2a_bytes": int(totals.sent_L.sum()),
             **_load_metrics(totals.counts_LE, totals.dropped_L, config),
         }
     return record
@@ -72,10 +72,6 @@ def check_user_metrics(metrics: Mapping[str, object], field: str, target: str) -
         if not isinstance(value, (int, float)):
             relation = f"on_step_end returned {name!r} as a {type(value).__name__}, not a number"
             raise ConfigError(field, target, relation, "return float(value)")
-
-
-def _bytes_of_row(config: RunConfig) -> int:
-    return config.model.dim * (2 if config.train.dtype is Dtype.bf16 else 4)
 
 
 def moe_layer_numbers(config: RunConfig, num_layers: int) -> list[int]:

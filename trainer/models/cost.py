@@ -7,18 +7,21 @@ zero or copy expert saves its share of a token's choices.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 
+import torch
 from torch import nn
 
+from parallel.dispatch.base import TRIPS
+from parallel.dispatch.visits import row_bytes
 from parallel.placement import expert_modules
 from trainer.config import AttentionKind, Dtype, RunConfig
 from trainer.config_moe import LayoutConfig, RouterName
 from trainer.models.transformer import is_moe_layer
 from trainer.moe.capacity import row_capacity
-
-TRIPS = 4
-"""How often a row crosses the network: to its expert and back, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,52 @@ def computed_share(layout: LayoutConfig, length: int) -> float:
 def all_to_all_bytes_per_token(config: RunConfig, ep: int) -> float:
     """Bytes that leave a rank for one token of a step, forward and backward, all MoE layers.
 
-    ``moe/a2a_bytes`` divided by the step's tokens. Of a token's rows ``(ep - 1) / ep`` leave its rank: with a
-    capacity exactly, since every place travels; without one on average, and no less for experts that are
-    unevenly loaded, as long as all ranks' tokens like the same ones. Groups do not change it: a row travels for
-    each choice, also where two choices share a rank.
+    ``moe/a2a_bytes`` divided by the step's tokens. ``(ep - 1) / ep`` of what travels leaves its rank: with a
+    capacity exactly, since every place travels; with ``parallel.max_tokens_in_flight`` on average, a row a choice,
+    sent once (with several rounds backward sends it again); without either on average, a row for each rank with
+    experts of the token's choice. Choices that favour some experts, or experts of one rank, make it less.
     """
     layout = config.layout
     num_layers = sum(is_moe_layer(config, i) for i in range(config.model.num_layers))
     if not num_layers:
         return 0.0
-    rows = layout.num_experts * computed_share(layout, config.train.seq_len)
-    row_bytes = config.model.dim * (2 if config.train.dtype is Dtype.bf16 else 4)
-    return num_layers * rows * (ep - 1) / ep * TRIPS * row_bytes
+    dtype = torch.bfloat16 if config.train.dtype is Dtype.bf16 else torch.float32
+    if layout.capacity_factor is None and config.parallel.max_tokens_in_flight is None:
+        row = row_bytes(config.model.dim, dtype, layout.top_k, torch.float32)
+        travels = ranks_visited(layout, ep) * row
+    else:
+        rows = layout.num_experts * computed_share(layout, config.train.seq_len)
+        travels = rows * TRIPS * config.model.dim * dtype.itemsize
+    return num_layers * travels * (ep - 1) / ep
+
+
+def ranks_visited(layout: LayoutConfig, ep: int) -> float:
+    """Ranks that hold an expert of a token's choice, on average over all choices that its router can make."""
+    on_rank = rank_of_experts(layout, ep)
+    return sum(1 - _misses(layout, [rank == here for rank in on_rank]) for here in range(ep))
+
+
+def _misses(layout: LayoutConfig, held: list[bool]) -> float:
+    """Share of a token's possible choices without any of the experts that are ``held``."""
+    total, k = num_choosable(layout), layout.top_k
+    held = held + [False] * (total - len(held))
+
+    def without(experts: Sequence[bool], num: int) -> float:
+        return math.comb(len(experts) - sum(experts), num) / math.comb(len(experts), num)
+
+    if layout.router is RouterName.hash:  # a choice in each of K equal parts
+        part = total // k
+        return math.prod(without(held[i * part : (i + 1) * part], 1) for i in range(k))
+    if layout.num_groups == 1:
+        return without(held, k)
+    size = total // layout.num_groups
+    groups = [held[first : first + size] for first in range(0, total, size)]
+    chosen = list(combinations(groups, layout.top_groups))
+    if layout.router is RouterName.hierarchical:  # as many in each group
+        shares = [math.prod(without(group, k // layout.top_groups) for group in some) for some in chosen]
+    else:
+        shares = [without(list(chain.from_iterable(some)), k) for some in chosen]
+    return sum(shares) / len(shares)
 
 
 def rank_of_experts(layout: LayoutConfig, ep: int) -> list[int]:

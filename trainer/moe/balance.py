@@ -29,7 +29,7 @@ class MoeStats(NamedTuple):
         counts_E: routed pairs of each expert before any drop, of rows with targets, int64.
         dropped: pairs over capacity, of the same rows, int64.
         unserved: tokens of which every pair was dropped, or that no expert picked, int64.
-        sent: trips of rows to other ranks, forward and backward, int64.
+        sent: bytes to other ranks and back, forward and backward, int64.
         expert_BSK: the choices themselves, int64; E where there is none.
     """
 

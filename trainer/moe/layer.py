@@ -39,7 +39,7 @@ class MoeLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, MoeStats]:
         routing, stats, copy_BS = self.router(x_BSD, positions)
-        y_TD, num_trips = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts)
+        y_TD, num_bytes = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts)
         y_BSD = y_TD.view_as(x_BSD)
         if copy_BS is not None:
             y_BSD = y_BSD + copy_BS[..., None].to(x_BSD.dtype) * x_BSD
@@ -48,4 +48,4 @@ class MoeLayer(nn.Module):
             if self.shared_gate is not None:
                 shared_BSD = shared_BSD * F.sigmoid(self.shared_gate(x_BSD))
             y_BSD = y_BSD + shared_BSD
-        return y_BSD, stats._replace(sent=num_trips)
+        return y_BSD, stats._replace(sent=num_bytes)

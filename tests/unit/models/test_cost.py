@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trainer.models.cost import (
     num_choosable,
     places_reached,
     rank_of_experts,
+    ranks_visited,
 )
 from trainer.models.init import initialise
 from trainer.models.layers import RMSNorm
@@ -191,12 +193,55 @@ def test_groups_keep_a_token_on_few_places(
 
 def test_bytes_between_ranks_by_hand() -> None:
     row = 4 * 16 * 4  # four trips of 16 numbers of four bytes
-    assert all_to_all_bytes_per_token(config_of("layout=mixtral"), 4) == 2 * 2 * 3 / 4 * row
+    extra = (2 * 4 + 2 * 4) + 2 * 4  # weights and experts of two choices, gradients of the weights
+    ranks = 2 - 1 / 7  # of the seven other experts one is on the rank of the first choice
+    assert all_to_all_bytes_per_token(config_of("layout=mixtral"), 4) == pytest.approx(
+        2 * ranks * 3 / 4 * (row + extra)
+    )
     assert all_to_all_bytes_per_token(config_of("layout=mixtral"), 1) == 0
     assert all_to_all_bytes_per_token(config_of("layout=dense"), 4) == 0
     half = config_of("layout=mixtral", "train.dtype=bf16")
-    assert all_to_all_bytes_per_token(half, 4) == 2 * 2 * 3 / 4 * row / 2
+    assert all_to_all_bytes_per_token(half, 4) == pytest.approx(2 * ranks * 3 / 4 * (row / 2 + extra))
+    bounded = config_of("layout=mixtral", "parallel.max_tokens_in_flight=64")
+    assert all_to_all_bytes_per_token(bounded, 4) == 2 * 2 * 3 / 4 * row  # a row a choice
     places = 8 * math.ceil(1.25 * 16 / 8)  # of a row of 16, in every layer
     assert all_to_all_bytes_per_token(config_of("layout=switch"), 2) == 2 * places / 16 / 2 * row
-    zero = config_of("layout=moe_plus_plus")
-    assert all_to_all_bytes_per_token(zero, 2) == pytest.approx(2 * 2 * 8 / 11 / 2 * row)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ep"),
+    [
+        (["layout=mixtral"], 4),
+        (["layout=deepseek"], 4),
+        (["layout=deepseek", "layout.num_groups=4", "layout.top_groups=2", "layout.top_k=4"], 8),
+        (["layout=deepseek", "layout.num_groups=8", "layout.top_groups=2", "layout.top_k=3"], 4),
+        (["layout=hierarchical"], 8),
+        (["layout=ernie"], 4),
+        (["layout=moe_plus_plus"], 2),
+        (["layout=hash"], 4),
+    ],
+)
+def test_ranks_visited_by_hand(overrides: list[str], ep: int) -> None:
+    """Against all choices that the router can make, one by one."""
+    layout = config_of(*overrides).layout
+    ranks = [*rank_of_experts(layout, ep), *[None] * (num_choosable(layout) - layout.num_experts)]
+    visited = [len({ranks[expert] for expert in choice} - {None}) for choice in possible_choices(layout)]
+    assert ranks_visited(layout, ep) == pytest.approx(sum(visited) / len(visited))
+
+
+def possible_choices(layout: LayoutConfig) -> list[tuple[int, ...]]:
+    """Equally likely ones."""
+    experts, k = range(num_choosable(layout)), layout.top_k
+    if layout.router is RouterName.hash:
+        part = len(experts) // k
+        return list(product(*(experts[i * part : (i + 1) * part] for i in range(k))))
+    size = len(experts) // layout.num_groups
+    groups = [experts[first : first + size] for first in range(0, len(experts), size)]
+    found: list[tuple[int, ...]] = []
+    for some in combinations(groups, layout.top_groups):
+        if layout.router is RouterName.hierarchical:
+            inside = [combinations(group, k // layout.top_groups) for group in some]
+            found += [tuple(chain.from_iterable(parts)) for parts in product(*inside)]
+        else:
+            found += combinations(list(chain.from_iterable(some)), k)
+    return found
