@@ -21,6 +21,7 @@ import parallel.engines.native
 import trainer.moe.balance
 import trainer.moe.experts
 import trainer.moe.router
+from parallel.dispatch.visits import Trip
 from parallel.engines.base import StateSlice
 from parallel.engines.native import NativeEngine
 from trainer.checkpoint.durable import DurableCheckpointer
@@ -178,13 +179,14 @@ def recompute_routes_anew(config: RunConfig, rank: int) -> AbstractContextManage
 
 
 @mutation
-def a_row_past_the_last_offset_is_read(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
-    original = trainer.moe.experts.swiglu_by_expert
+def a_row_of_the_last_expert_goes_to_another(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
+    original = trainer.moe.experts.swiglu_of_tokens
 
-    def short(x: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
-        return original(x, [*counts[:-1], max(counts[-1] - 1, 0)], *weights)
+    def short(x: Tensor, weight: Tensor, home: Any, counts: list[int], *weights: Tensor) -> Tensor:
+        *others, before, last = counts
+        return original(x, weight, home, [*others, before + min(last, 1), max(last - 1, 0)], *weights)
 
-    return patch.object(trainer.moe.experts, "swiglu_by_expert", short)
+    return patch.object(trainer.moe.experts, "swiglu_of_tokens", short)
 
 
 @mutation
@@ -276,16 +278,16 @@ def a_round_forgets_those_before_it(config: RunConfig, rank: int) -> AbstractCon
 
 @mutation
 def a_rank_skips_an_exchange(config: RunConfig, rank: int) -> AbstractContextManager[Any]:
-    original = parallel.dispatch.all_to_all.exchange_rows
+    original = parallel.dispatch.all_to_all.visit
 
-    def skipping(
-        rows: Tensor, send: list[int], recv: list[int], group: Any, notice: Any, timer: Any, backward: bool
-    ) -> Tensor:
-        if rank == 1 and notice.operation == "dispatch" and not backward:
-            return rows.new_zeros(sum(recv), rows.shape[1])
-        return original(rows, send, recv, group, notice, timer, backward)
+    def skipping(x: Tensor, weight: Tensor, trip: Trip) -> tuple[Tensor, Tensor, Tensor]:
+        if rank != 1:
+            return original(x, weight, trip)
+        visitors, choices = sum(trip.recv), weight.shape[1]
+        nobody = trip.visits.local_TK.new_full((visitors, choices), trip.nowhere)
+        return x.new_zeros(visitors, x.shape[1]), weight.new_zeros(visitors, choices), nobody
 
-    return patch.object(parallel.dispatch.all_to_all, "exchange_rows", skipping)
+    return patch.object(parallel.dispatch.all_to_all, "visit", skipping)
 
 
 @mutation

@@ -91,7 +91,7 @@ CAUGHT: dict[str, tuple[list[str], str, str]] = {
         "the residual of dropped tokens",
     ),
     "recompute_routes_anew": (["train.activation_checkpointing=true", *TWO], "gradients", "routed"),
-    "a_row_past_the_last_offset_is_read": (
+    "a_row_of_the_last_expert_goes_to_another": (
         TWO,
         "router_z loss",
         "what MoE layer 0 returned: dispatch, experts",
