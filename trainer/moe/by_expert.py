@@ -34,7 +34,10 @@ from torch.autograd.function import once_differentiable
 from parallel.dispatch.permute import Permutation, take, weighted_sum
 
 _ROWS = 512
-"""Of a block: 256 to 1024 are alike, fewer cost more calls."""
+"""Of a block in fp32, twice as many in half of the bytes: half and double are alike, fewer cost more calls."""
+
+_PADDED = 64
+"""Narrow products are compiled for each new number of rows, which takes longer than the product itself: so few."""
 
 _RUNS = 4
 """Into how many equal runs all rows are cut, at least: a thread takes one at a time."""
@@ -100,10 +103,10 @@ class _ByExpert(torch.autograd.Function):
 
         def forward(piece: Piece) -> None:
             own1, own3, own2 = (w[piece.expert].to(factors) for w in (w1, w3, w2))
-            for block in piece.blocks():
-                own = rows(x, block).to(factors)
+            for block in piece.blocks(x.dtype):
+                own = _factor(rows(x, block), factors)
                 g, u = _product(own, own1, gate[block]).to(wide), _product(own, own3, up[block])
-                _product(F.silu(g).mul_(u).to(factors), own2, out[block])
+                _product(_factor(F.silu(g).mul_(u), factors), own2, out[block])
 
         _each(counts, forward)
         ctx.home, ctx.counts = home, counts
@@ -126,18 +129,18 @@ class _ByExpert(torch.autograd.Function):
                 w[piece.expert].to(factors).t() for w in (w1, w3, w2)
             )  # [F, D], [F, D], [D, F]
             sums = [_Sum(dw[piece.expert], piece) for dw in dws]
-            for block in piece.blocks():
-                own, dy = rows(x, block).to(factors), rows(dout, block).to(factors)
+            for block in piece.blocks(x.dtype):
+                own, dy = _factor(rows(x, block), factors), _factor(rows(dout, block), factors)
                 g, u = gate[block].to(wide), up[block].to(wide)
                 a = F.silu(g)
-                h, dh = a * u, (dy @ own2).to(wide)
+                h, dh = a * u, (dy @ own2)[: len(g)].to(wide)
                 if weight is not None and dweight is not None:
                     dweight[block] = torch.linalg.vecdot(dh, h)
-                    dy.mul_(weight[block, None])  # copies of their own: weighted here, where they are narrow
-                    own.mul_(weight[block, None])
-                sums[2].add(h.to(factors).t(), dy)
-                du = torch.mul(dh, a, out=a).to(factors)
-                dg = _silu_backward_into(dh.mul_(u), g, grad_input=h).to(factors)
+                    dy[: len(g)].mul_(weight[block, None])  # copies: weighted here, where they are narrow
+                    own[: len(g)].mul_(weight[block, None])
+                sums[2].add(_factor(h, factors).t(), dy)
+                du = _factor(torch.mul(dh, a, out=a), factors)
+                dg = _factor(_silu_backward_into(dh.mul_(u), g, grad_input=h), factors)
                 sums[0].add(own.t(), dg)
                 sums[1].add(own.t(), du)
                 _product(dg, own1, dx[block], du, own3)
@@ -177,6 +180,17 @@ def _factors(dtype: torch.dtype) -> torch.dtype:
     ):
         return dtype
     return _wide(dtype)
+
+
+def _factor(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as a factor of products; in narrow types with zeros behind them, up to a multiple of ``_PADDED``."""
+    missing = -len(rows) % _PADDED
+    if missing == 0 or dtype == _wide(dtype):
+        return rows.to(dtype)
+    padded = rows.new_empty(len(rows) + missing, rows.shape[1], dtype=dtype)
+    padded[: len(rows)] = rows
+    padded[len(rows) :] = 0
+    return padded
 
 
 class _Sum:
@@ -226,13 +240,12 @@ def _add_up(found: list[list[_Sum]]) -> None:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, a2: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
-    """``a b (+ a2 b2)``, also put into ``out``, which may be narrower."""
-    result = torch.mm(a, b, out=out) if out.dtype == a.dtype else a @ b
+    """``a b (+ a2 b2)``, put into ``out``, which may be narrower and without the padding."""
+    direct = out.dtype == a.dtype and len(out) == len(a)
+    result = torch.mm(a, b, out=out) if direct else a @ b
     if a2 is not None and b2 is not None:
         result.addmm_(a2, b2)
-    if result is not out:
-        out.copy_(result)
-    return result
+    return out if direct else out.copy_(result[: len(out)])
 
 
 @dataclass(frozen=True)
@@ -245,9 +258,10 @@ class Piece:
     index: int
     of: int
 
-    def blocks(self) -> list[slice]:
+    def blocks(self, dtype: torch.dtype) -> list[slice]:
         """Runs of rows that are computed at a time."""
-        return [slice(at, min(at + _ROWS, self.end)) for at in range(self.begin, self.end, _ROWS)]
+        step = _ROWS * 4 // dtype.itemsize
+        return [slice(at, min(at + step, self.end)) for at in range(self.begin, self.end, step)]
 
 
 def cut(counts: list[int], num_runs: int) -> list[list[Piece]]:
