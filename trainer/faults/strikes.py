@@ -167,11 +167,11 @@ def _link_flap(scene: Scene) -> None:
 
 def flip_bit(tensor: torch.Tensor, element: int) -> None:
     """Flip the highest bit of an element's fraction, in place: a wrong number that looks like any other."""
-    flat = tensor.view(-1)
-    width = {4: torch.int32, 2: torch.int16, 8: torch.int64}[flat.element_size()]
-    bit = {torch.float32: 22, torch.bfloat16: 6, torch.float16: 9, torch.float64: 51}[flat.dtype]
-    at = element % flat.numel()
-    flat.view(width)[at] ^= 1 << bit
+    width = {4: torch.int32, 2: torch.int16, 8: torch.int64}[tensor.element_size()]
+    bit = {torch.float32: 22, torch.bfloat16: 6, torch.float16: 9, torch.float64: 51}[tensor.dtype]
+    at = torch.unravel_index(torch.tensor(element % tensor.numel()), tensor.shape)
+    one = tensor[tuple(slice(int(i), int(i) + 1) for i in at)]  # rows may have gaps between them
+    one.view(width).bitwise_xor_(1 << bit)
 
 
 def _largest(slices: Iterable[StateSlice], prefix: str) -> torch.Tensor:

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.commands.watch import wait_until
 from trainer.faults.inject import Injector
 from trainer.faults.kinds import Fault, write_schedule
-from trainer.faults.strikes import InjectedFault
+from trainer.faults.strikes import InjectedFault, flip_bit
 from trainer.liveness import STACKS_SIGNAL
 from trainer.run import Place
 
@@ -66,3 +67,14 @@ def test_a_fault_of_a_rank_that_the_run_goes_on_without_strikes_the_last_one_onc
         last.reach("forward", 3, {})
     last.reach("forward", 3, {})
     injector(2, 3).reach("forward", 3, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("gap", [0, 3])
+def test_one_element_changes_and_no_other(dtype: torch.dtype, gap: int) -> None:
+    rows = torch.ones(5, 4 + gap, dtype=dtype)[:, :4]
+    before = rows.clone()
+    flip_bit(rows, 7919)
+    assert (rows != before).sum() == 1 and rows[(7919 % 20) // 4, 7919 % 4] == 1.5
+    flip_bit(rows, 7919)
+    assert torch.equal(rows, before)
