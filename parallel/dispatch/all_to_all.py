@@ -91,7 +91,7 @@ class AllToAllDispatcher:
         local = torch.arange(num_local, device=x_TD.device)
         regroup = Permutation.by_key(local.repeat_interleave(num_slots).repeat(self.ep)[:, None])
         answers = experts(spread(arrived, regroup), torch.full_like(local, num_slots * self.ep))
-        inverse = Permutation(regroup.pair_of_row_N[:, None], regroup.row_of_pair_TK[:, 0], partial=False)
+        inverse = Permutation(regroup.pair_of_row_N[:, None], regroup.row_of_pair_TK[:, 0])
         answers = all_to_all_rows(spread(answers, inverse), splits, splits, self.group, back, self.timer)
         y_TD = gather(answers, routing.weight_TK, home)
         return y_TD, self._bytes(splits, TRIPS * x_TD.shape[1] * x_TD.element_size(), x_TD)

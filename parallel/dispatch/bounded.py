@@ -131,7 +131,7 @@ class _InRounds(torch.autograd.Function):
                 grad = _backward(ctx, x_TD, grad_ND, index, one, sums)
             grad_rows_ND = _put(grad, one, ctx.rounds, grad_rows_ND)
         assert grad_rows_ND is not None, "there is at least one round"
-        grad_x = weighted_sum(grad_rows_ND, home.row_of_pair_TK, None, home.partial)
+        grad_x = weighted_sum(grad_rows_ND, home.row_of_pair_TK, None, home.drops)
         return grad_x, None, None, None, None, *sums.of_weights()
 
 
@@ -236,7 +236,7 @@ def _rows(x_TD: Tensor, rounds: Rounds, one: Round) -> Tensor:
     """The rows that a round sends; straight from the tokens, so that never all rows stand there at once."""
     home = rounds.home
     token_N = torch.div(home.pair_of_row_N[one.row_N], home.num_choices, rounding_mode="floor")
-    return take(x_TD, token_N, home.partial)
+    return take(x_TD, token_N, home.gaps)
 
 
 def _sorted(rows_MD: Tensor, one: Round) -> Tensor:

@@ -24,12 +24,13 @@ class Permutation:
     Attributes:
         row_of_pair_TK: row of each pair, -1 where the pair is dropped.
         pair_of_row_N: pair of each row, -1 where the row is empty.
-        partial: whether any -1 may occur (a capacity); False skips the masking.
+        drops, gaps: whether there may be a -1 among the former, and among the latter.
     """
 
     row_of_pair_TK: Tensor
     pair_of_row_N: Tensor
-    partial: bool
+    drops: bool = False
+    gaps: bool = False
 
     @classmethod
     def by_key(cls, key_TK: Tensor, num_keys: int | None = None, num_rows: int | None = None) -> Permutation:
@@ -43,10 +44,10 @@ class Permutation:
         row_of_pair[pair_of_row] = torch.arange(pair_of_row.numel(), device=key_TK.device)
         row_of_pair = row_of_pair.view(key_TK.shape)
         if num_keys is None:
-            return cls(row_of_pair, pair_of_row, partial=False)
+            return cls(row_of_pair, pair_of_row)
         here = key_TK < num_keys
         num_rows = int(here.sum()) if num_rows is None else num_rows
-        return cls(row_of_pair.masked_fill(~here, -1), pair_of_row[:num_rows], partial=True)
+        return cls(row_of_pair.masked_fill(~here, -1), pair_of_row[:num_rows], drops=True)
 
     @classmethod
     def by_row(cls, row_of_pair_TK: Tensor, num_rows: int) -> Permutation:
@@ -54,7 +55,7 @@ class Permutation:
         flat = row_of_pair_TK.flatten()
         pair_of_row = torch.full((num_rows + 1,), -1, dtype=flat.dtype, device=flat.device)
         pair_of_row[torch.where(flat < 0, num_rows, flat)] = torch.arange(flat.numel(), device=flat.device)
-        return cls(row_of_pair_TK, pair_of_row[:num_rows], partial=True)
+        return cls(row_of_pair_TK, pair_of_row[:num_rows], drops=True, gaps=True)
 
     @property
     def num_choices(self) -> int:
@@ -69,15 +70,16 @@ class Permutation:
         """One for each run of so many rows; pairs of the others are dropped in it."""
         ends, parts = list(accumulate(num_rows)), self.pair_of_row_N.split(num_rows)
         rows = self.row_of_pair_TK
-        return [
-            Permutation(torch.where((rows >= end - num) & (rows < end), rows - (end - num), -1), part, True)
-            for end, num, part in zip(ends, num_rows, parts, strict=True)
+        own = [
+            torch.where((rows >= end - num) & (rows < end), rows - (end - num), -1)
+            for end, num in zip(ends, num_rows, strict=True)
         ]
+        return [Permutation(*pair, drops=True, gaps=self.gaps) for pair in zip(own, parts, strict=True)]
 
 
-def take(x: Tensor, index: Tensor, partial: bool) -> Tensor:
-    """``x[index]``, zeros where index is -1."""
-    if not partial:
+def take(x: Tensor, index: Tensor, gaps: bool) -> Tensor:
+    """``x[index]``, with ``gaps`` zeros where index is -1."""
+    if not gaps:
         return x.index_select(0, index)
     if x.shape[0] == 0:
         return x.new_zeros(index.shape[0], *x.shape[1:])
@@ -85,12 +87,16 @@ def take(x: Tensor, index: Tensor, partial: bool) -> Tensor:
     return x.index_select(0, index.clamp_min(0)).masked_fill(~valid, 0)
 
 
-def weighted_sum(rows_ND: Tensor, index_TK: Tensor, weight_TK: Tensor | None, partial: bool) -> Tensor:
-    """``out[t] = Σ_k weight[t, k] · rows[index[t, k]]``, accumulated in fp32 (or wider)."""
+def weighted_sum(rows_ND: Tensor, index_TK: Tensor, weight_TK: Tensor | None, gaps: bool) -> Tensor:
+    """``out[t] = Σ_k weight[t, k] · rows[index[t, k]]``, accumulated in fp32 (or wider).
+
+    Args:
+        gaps: whether an index may be -1: of no row.
+    """
     num_tokens, num_choices = index_TK.shape
     if rows_ND.shape[0] == 0:
         return rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
-    if partial:
+    if gaps:
         kept = index_TK >= 0
         weight_TK = kept.to(rows_ND.dtype) if weight_TK is None else weight_TK * kept
         index_TK = index_TK.clamp_min(0)
@@ -113,12 +119,12 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return take(x_TD, permutation.token_of_row_N, permutation.partial)
+        return take(x_TD, permutation.token_of_row_N, permutation.gaps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         p: Permutation = ctx.permutation
-        return weighted_sum(grads[0], p.row_of_pair_TK, None, p.partial), None
+        return weighted_sum(grads[0], p.row_of_pair_TK, None, p.drops), None
 
 
 class _Gather(torch.autograd.Function):
@@ -126,16 +132,16 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows_ND: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
         ctx.save_for_backward(rows_ND, weight_TK)
-        return weighted_sum(rows_ND, permutation.row_of_pair_TK, weight_TK, permutation.partial)
+        return weighted_sum(rows_ND, permutation.row_of_pair_TK, weight_TK, permutation.drops)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         p: Permutation = ctx.permutation
         rows_ND, weight_TK = ctx.saved_tensors
-        grad_ND = take(grads[0], p.token_of_row_N, p.partial)
+        grad_ND = take(grads[0], p.token_of_row_N, p.gaps)
         dot_N = (grad_ND.to(weight_TK.dtype) * rows_ND.to(weight_TK.dtype)).sum(-1)
-        grad_weight = take(dot_N, p.row_of_pair_TK.flatten(), p.partial).view_as(weight_TK)
-        weight_N = take(weight_TK.flatten(), p.pair_of_row_N, p.partial)
+        grad_weight = take(dot_N, p.row_of_pair_TK.flatten(), p.drops).view_as(weight_TK)
+        weight_N = take(weight_TK.flatten(), p.pair_of_row_N, p.gaps)
         return (grad_ND * weight_N[:, None]).to(rows_ND.dtype), grad_weight, None
 
 

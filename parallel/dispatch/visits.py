@@ -199,9 +199,9 @@ class _Visit(torch.autograd.Function):
         row.tokens(rows).copy_(grad_MW)
         row.weights(rows).copy_(grad_MK)
         home = trip.swap(rows, trip.recv, trip.send, "dispatch", True)
-        grad_x = weighted_sum(row.tokens(home), trip.visits.row_TR, None, partial=True)
+        grad_x = weighted_sum(row.tokens(home), trip.visits.row_TR, None, gaps=True)
         cell_TK = trip.visits.cell_TK()
-        grad_weight = take(row.weights(home).flatten(), cell_TK.flatten(), partial=True)
+        grad_weight = take(row.weights(home).flatten(), cell_TK.flatten(), gaps=True)
         return grad_x, grad_weight.view(cell_TK.shape), None
 
 
@@ -210,7 +210,7 @@ class _ReturnHome(torch.autograd.Function):
     def forward(ctx: Any, sum_MW: Tensor, trip: Trip) -> Tensor:
         ctx.trip = trip
         home = recorded(lambda: trip.swap(sum_MW, trip.recv, trip.send, "combine", False))
-        return weighted_sum(home, trip.visits.row_TR, None, partial=True)
+        return weighted_sum(home, trip.visits.row_TR, None, gaps=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

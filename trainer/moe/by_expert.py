@@ -111,7 +111,7 @@ class _ByExpert(torch.autograd.Function):
         _each(counts, forward)
         ctx.home, ctx.counts = home, counts
         ctx.save_for_backward(x, gate, up, w1, w3, w2, weight_TK)
-        return out if home is None else weighted_sum(out, home.row_of_pair_TK, weight_TK, home.partial)
+        return out if home is None else weighted_sum(out, home.row_of_pair_TK, weight_TK, home.drops)
 
     @staticmethod
     @once_differentiable
@@ -149,8 +149,8 @@ class _ByExpert(torch.autograd.Function):
         _add_up(_each(ctx.counts, backward))
         if home is None or dweight is None:
             return dx, *dws, None, None, None
-        dx = weighted_sum(dx, home.row_of_pair_TK, weight_TK, home.partial)
-        dweight_TK = take(dweight, home.row_of_pair_TK.flatten(), home.partial).view_as(weight_TK)
+        dx = weighted_sum(dx, home.row_of_pair_TK, weight_TK, home.drops)
+        dweight_TK = take(dweight, home.row_of_pair_TK.flatten(), home.drops).view_as(weight_TK)
         return dx, *dws, dweight_TK, None, None
 
 
@@ -158,14 +158,14 @@ def _rows_of(home: Permutation | None) -> Callable[[Tensor, slice], Tensor]:
     """Gives a block of rows: of a tensor that has them, or of one that has tokens."""
     if home is None:
         return lambda rows, block: rows[block]
-    token_N, partial = home.token_of_row_N, home.partial
-    return lambda tokens, block: take(tokens, token_N[block], partial)
+    token_N, gaps = home.token_of_row_N, home.gaps
+    return lambda tokens, block: take(tokens, token_N[block], gaps)
 
 
 def _weight_of_rows(weight_TK: Tensor | None, home: Permutation | None) -> Tensor | None:
     if weight_TK is None or home is None:
         return None
-    return take(weight_TK.flatten(), home.pair_of_row_N, home.partial)
+    return take(weight_TK.flatten(), home.pair_of_row_N, home.gaps)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
