@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from parallel.errors import ConfigError, FatalError, NamedFailure
 from parallel.exchange_check import DesyncError, describe_places_within
 from trainer.liveness import Pulse
-from trainer.process import die_with_parent
+from trainer.process import die_with_parent, spin_briefly
 from trainer.resilience import StopSignal
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def main(argv: list[str], parent: int | None = None) -> NoReturn:
     Args:
         parent: pid of the process that this one must not outlive; None: the agent, if there is one.
     """
+    spin_briefly()
     under_agent = os.environ.get("MUSTER_AGENT") == "1"
     if under_agent:
         die_with_parent(int(os.environ["MUSTER_AGENT_PID"]) if parent is None else parent)

@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 
 from parallel.errors import ConfigError
 from trainer.compose import load_frozen
-from trainer.process import die_with_parent, name_process
+from trainer.process import die_with_parent, name_process, spin_briefly
 
 MAX_MESSAGE = 1 << 20
 MAX_FILES = 8
@@ -204,6 +204,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--engine", help="engine to import beside the native one")
     args = parser.parse_args(argv)
     die_with_parent(args.parent)
+    spin_briefly()
     name_process("muster-standby")
     dispositions: dict[int, Any] = {signal.SIGCHLD: signal.SIG_DFL}
     dispositions |= {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_SIGNALS}

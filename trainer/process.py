@@ -1,4 +1,4 @@
-"""Tying a worker's life to the process that started it."""
+"""What a worker's process is: tied to the life of who started it, named, and sparing with the cores."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def name_process(name: str) -> None:
     """What ``ps`` and ``top`` call this process; cut to 15 bytes. Only Linux knows such names."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:_NAME_BYTES], 0, 0, 0)
+
+
+def spin_briefly() -> None:
+    """Let OpenMP's threads go to sleep 0.2 ms after their work, unless the environment says how they wait.
+
+    Call it before torch is imported. Left alone, GNU's go on for some 6 ms, on cores that the threads of experts
+    (:mod:`trainer.moe.by_expert`) need by then: a step of the quickstart takes 13 % longer.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -16,6 +16,7 @@ from trainer.config import Dtype, ModelConfig, RunConfig
 from trainer.data.batch import IGNORED
 from trainer.models.attention import RotaryTable, build_attention, document_mask, kept_shape, rotary_dim
 from trainer.models.cache import KvCache, Remember
+from trainer.models.cross_entropy import linear_cross_entropy
 from trainer.models.layers import FeedForward, Linear, RMSNorm, rotary_table
 from trainer.moe.balance import MoeStats
 from trainer.moe.layer import MoeLayer
@@ -156,18 +157,17 @@ class Transformer(nn.Module):
             x, stats = block(x, table, mask, positions)
             if stats is not None:
                 moe.append(stats)
-        logits = self._logits(x)
         if targets_BS is None:
-            return logits
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return Losses(loss, tuple(moe))
+            return self._logits(x)
+        rows, targets = self.norm(x).flatten(0, 1), targets_BS.flatten()
+        return Losses(linear_cross_entropy(rows, self._head_weight(), targets), tuple(moe))
 
     def _logits(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        head = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(x, head.to(x.dtype)).float()
+        return F.linear(self.norm(x), self._head_weight()).float()
+
+    def _head_weight(self) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return weight.to(self.dtype)
 
     def _rotary_table(self, length: int, device: torch.device) -> RotaryTable:
         c = self.config

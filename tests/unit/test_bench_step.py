@@ -1,0 +1,76 @@
+"""`make bench-step`: everyone it measures trains the same model, and who does not is called WRONG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bench import step as bench
+from bench.step_contestant import PLAIN, DeepSpeedMoe, Muster, Training, Transformers, product_sizes
+from bench.step_parts import parts_of
+from parallel.dispatch.local import LocalDispatcher
+from parallel.mesh import Meshes, build_meshes
+from trainer.build import build_model
+from trainer.config import parallel_dims
+from trainer.models.cost import model_cost
+
+SMALL = ["model.dim=32", "model.ffn_dim=48", "model.num_layers=2", "model.vocab_size=64", "train.seq_len=16"]
+
+
+@pytest.fixture(scope="module")
+def meshes() -> Iterator[Meshes]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield build_meshes(parallel_dims(bench.config_of("fp32", [])), "cpu")
+    torch.set_num_threads(threads)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_all_lose_as_much_as_transformers_does(dtype: str, meshes: Meshes) -> None:
+    config = bench.config_of(dtype, [*PLAIN, *SMALL])
+    trainings: dict[str, Training] = {"Muster": Muster(config, meshes)}
+    trainings |= {name: Transformers(config, way) for name, way in bench.ways(dtype, compiled=False).items()}
+    if dtype == "fp32":
+        trainings["DeepSpeed"] = DeepSpeedMoe(config)
+    full = bench.config_of("fp32", [*PLAIN, *SMALL])
+    right = bench.first_losses(Transformers(full, bench.EAGER), full)
+    assert right[0] != right[-1]
+    judged = {
+        name: bench.judged(bench.first_losses(training, config), right, bench.LIMITS[dtype])
+        for name, training in trainings.items()
+    }
+    assert judged == dict.fromkeys(trainings, "")
+
+
+def test_who_trains_otherwise_is_called_wrong(meshes: Meshes) -> None:
+    config = bench.config_of("fp32", [*PLAIN, *SMALL])
+    other = bench.config_of("fp32", [*PLAIN, *SMALL, "optim.lr=1e-4"])
+    right = bench.first_losses(Muster(config, meshes), config)
+    found = bench.judged(bench.first_losses(Muster(other, meshes), config), right, bench.LIMITS["fp32"])
+    assert found.startswith("WRONG: its losses differ by ")
+
+
+def test_the_floor_has_the_flops_of_the_model() -> None:
+    config = bench.config_of("fp32", SMALL)
+    tokens = config.train.global_batch * config.train.seq_len
+    inside = (
+        6 * config.model.num_layers * config.model.num_heads * config.model.head_dim * config.train.seq_len
+    )
+    vectors = (2 * config.model.num_layers + 1) * config.model.dim
+    cost = model_cost(build_model(config, LocalDispatcher()), config)
+    floor = sum(6 * rows * inner * outer for rows, inner, outer in product_sizes(config))
+    assert floor == tokens * (cost.flops_per_token - inside - 6 * vectors)
+
+
+def test_parts_add_up_to_the_step(meshes: Meshes) -> None:
+    muster = Muster(bench.config_of("fp32", SMALL), meshes)
+    batch = bench.batch_of(bench.config_of("fp32", SMALL), 0)
+    parts = parts_of(muster, lambda: muster.step(0, batch), steps=2)
+    assert set(parts) >= {"experts", "attention", "norms", "router", "optimizer", "embedding, head, loss"}
+    assert min(parts.values()) > -0.01
+    assert "forward" not in vars(muster.engine.model), "nothing is left behind"
