@@ -189,9 +189,9 @@ z-loss, its counts and its sums over ranks besides; the others compute the cross
 
 - **× floor**, **Muster ÷ it**: median over rounds of the ratio of two times of one round, and its 95 % interval
   (bootstrap). Muster is ahead where the interval is below 1.
-- **{FLOOR}**: the matrix products of projections, routers, experts and head, forward and backward, an
-  expert matrix as if it were the only one, into memory that is there already. What attention computes inside is
-  not in it.
+- **{FLOOR}**: the matrix products of projections, attention (the causal half), routers, experts and
+  head, forward and backward, as plain ones of the same FLOPs into memory that is there already: an expert matrix
+  is taken as if it were the only one, attention as if its heads were one.
 - The first {CHECKED} losses are compared with those of transformers in fp32 with eager experts and PyTorch's own
   AdamW: above {LIMITS["fp32"]:g}, in bf16 {LIMITS["bf16"]:g}, a relative difference is called WRONG.
 - DeepSpeed's MoE stands in Muster's transformer, with plain PyTorch around it. "AdamW" is PyTorch's where nothing

@@ -166,13 +166,14 @@ class Products(Training):
 
 
 def product_sizes(config: RunConfig) -> list[tuple[int, int, int]]:
-    """Rows, inner and outer width of every product of a forward pass but those inside of attention."""
+    """Rows, inner and outer width of every product of a forward pass; of attention's own, the causal half."""
     m, layout = config.model, config.layout
     tokens = config.train.global_batch * config.train.seq_len
     rows, q, kv = tokens * layout.top_k, m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     attention = [(tokens, m.dim, q), (tokens, m.dim, kv), (tokens, m.dim, kv), (tokens, q, m.dim)]
+    inside = (tokens, q, config.train.seq_len // 2)  # as many FLOPs as queries · keys, or as weights · values
     up, down = (rows, m.dim, layout.expert_ffn_dim), (rows, layout.expert_ffn_dim, m.dim)
-    layer = [*attention, (tokens, m.dim, layout.num_experts), up, up, down]
+    layer = [*attention, inside, inside, (tokens, m.dim, layout.num_experts), up, up, down]
     return layer * m.num_layers + [(tokens, m.dim, m.vocab_size)]
 
 

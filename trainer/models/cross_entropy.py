@@ -47,20 +47,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_rows = max(_ROWS, _BYTES[x.device.type] // (4 * len(weight)))
         for start in range(0, len(x), num_rows):
             chunk = slice(start, start + num_rows)
-            rows, target = x[chunk], targets[chunk, None]
-            ignored = target == IGNORED
-            target = target.masked_fill(ignored, 0)
-            logs = F.log_softmax(F.linear(rows, weight), dim=1, dtype=wide)
-            losses[chunk] = logs.gather(1, target).neg().masked_fill(ignored, 0).squeeze(1)
+            ignored = targets[chunk, None] == IGNORED
+            rows, target = x[chunk].masked_fill(ignored, 0), targets[chunk, None].masked_fill(ignored, 0)
+            logits = F.linear(rows, weight).to(wide)
+            p = logits.softmax(1)
+            # The largest p is 1 / Σ exp(logit - largest): with it log p is exact where p itself is 0.
+            top = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
+            losses[chunk] = (top - logits.gather(1, target)).masked_fill_(ignored, 0).squeeze(1)
             if dx is None and dweight is None:
                 continue
-            dlogits = logs.exp_()
-            dlogits.scatter_add_(1, target, dlogits.new_full((1, 1), -1.0).expand_as(target))
-            narrow = dlogits.masked_fill_(ignored, 0).to(x.dtype)
+            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+            dlogits = p.to(x.dtype)
             if dx is not None:
-                torch.mm(narrow, weight, out=dx[chunk])
+                torch.mm(dlogits, weight, out=dx[chunk]).masked_fill_(ignored, 0)
             if dweight is not None:
-                _add_product(dweight, narrow.t(), rows)
+                _add_product(dweight, dlogits.t(), rows)
         ctx.save_for_backward(dx, dweight)
         ctx.dtype = x.dtype
         return losses.sum()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import Activation, RopeScalingConfig
+from trainer.models.pointwise import rms_norm, rotated
 from trainer.models.rope import rotary_frequencies, rotary_gain
 
 
@@ -38,7 +39,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        wide, weight = x.float(), self.weight.float()
+        if x.device.type == "cpu":
+            return rms_norm(wide, weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
 def rotary_table(
@@ -55,8 +59,7 @@ def rotary_table(
 def rotate(x_BHSC: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Apply the rotary embedding to ``[B, H, S, C]``."""
     cos, sin = (t.to(x_BHSC.dtype) for t in table)
-    first, second = x_BHSC.chunk(2, dim=-1)
-    return x_BHSC * cos + torch.cat([-second, first], dim=-1) * sin
+    return rotated(x_BHSC, cos, sin)
 
 
 def activate(gate: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
