@@ -81,11 +81,14 @@ bench-every-step: setup ## what a snapshot after every step costs the quickstart
 bench-snapshot: setup ## the stall of a snapshot in memory beside a plain copy of the same bytes
 	$(BIN)/python -m bench.snapshot $(ARGS)
 
+# As Muster's own workers set it (trainer/process.py); SPIN= leaves OpenMP's threads as they are.
+SPIN ?= GOMP_SPINCOUNT=10000
+
 bench-layer: setup ## one MoE layer, Muster, peers and floors in turn, write bench/results/layer.md (ARGS="--shape mixtral")
-	$(BIN)/python -m bench.layer $(ARGS)
+	$(SPIN) $(BIN)/python -m bench.layer $(ARGS)
 
 bench-step: setup ## a whole training step, Muster, peers and the floor in turn, write bench/results/step.md (ARGS="--dtype fp32")
-	$(BIN)/python -m bench.step $(ARGS)
+	$(SPIN) $(BIN)/python -m bench.step $(ARGS)
 
 docs: setup ## write anew what the code knows: metrics.md, configuration.md, costs and pictures of layouts.md
 	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md
