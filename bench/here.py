@@ -17,8 +17,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def measured(command: str) -> str:
     """Machine, versions, load of the last minute, date and command, for the head of a page."""
     spin = os.environ.get("GOMP_SPINCOUNT")
-    waiting = "" if spin is None else f", GOMP_SPINCOUNT={spin}"
+    version = torch.__version__ if spin is None else f"{torch.__version__}, GOMP_SPINCOUNT={spin}"
     return (
-        f"{os.cpu_count()} cores of {cpu_model()} (shared), {platform.system()}, torch {torch.__version__}{waiting}, load "
+        f"{os.cpu_count()} cores of {cpu_model()} (shared), {platform.system()}, torch {version}, load "
         f"{os.getloadavg()[0]:.1f} before, {time.strftime('%Y-%m-%d')}:\n\n```bash\n{command}\n```\n"
     )

@@ -98,15 +98,24 @@ class DeepSpeed(Contestant):
 
     Args:
         drop: whether an expert takes only 1.25 times the mean.
+        ep_size, ep_rank: how many ranks share the experts, and which of them this is; more than one need a group.
     """
 
     FACTOR = 1.25
 
-    def __init__(self, shape: Shape, weights: Weights, drop: bool) -> None:
+    def __init__(
+        self, shape: Shape, weights: Weights, drop: bool, ep_size: int = 1, ep_rank: int = 0
+    ) -> None:
         layer = _module("deepspeed.moe.layer")
         expert = Mlp(shape.dim, shape.ffn_dim).to(weights.w1_EDH)
         moe = layer.MoE(
-            shape.dim, expert, shape.num_experts, k=shape.top_k, capacity_factor=self.FACTOR, drop_tokens=drop
+            shape.dim,
+            expert,
+            shape.num_experts,
+            ep_size,
+            k=shape.top_k,
+            capacity_factor=self.FACTOR,
+            drop_tokens=drop,
         )
         self.gate = moe.deepspeed_moe.gate = _Gate(shape.top_k, self.FACTOR, drop)
         super().__init__(moe.to(weights.w1_EDH.device))
@@ -114,7 +123,7 @@ class DeepSpeed(Contestant):
         self.experts = list(moe.deepspeed_moe.experts.deepspeed_experts)
         for index, own in enumerate(self.experts):
             for name, given in zip(("w1", "w3", "w2"), weights, strict=True):
-                getattr(own, name).weight.data.copy_(given[index].T)
+                getattr(own, name).weight.data.copy_(given[ep_rank * len(self.experts) + index].T)
 
     def prepare(self, work: Work) -> None:
         super().prepare(work)

@@ -34,7 +34,7 @@ from trainer.data.batch import Batch
 
 CONFIG = ["experiment=quickstart", "launcher.nproc_per_node=1", "parallel.ep=1", "model.vocab_size=4096"]
 CONFIG += ["data.respect_documents=false", "device=cpu", "optim.warmup_steps=0", "optim.schedule=constant"]
-MUSTER, FLOOR = "Muster", "floor: matmuls, fp32"
+MUSTER, COMPILED, FLOOR = "Muster", "Muster, train.compile", "floor: matmuls, fp32"
 CHECKED = 3
 EAGER = Way("eager", None)
 LIMITS = {"fp32": 1e-4, "bf16": 2e-2}
@@ -107,8 +107,11 @@ def batch_of(config: RunConfig, number: int) -> Batch:
 
 def measure(dtype: str, rounds: int, compiled: bool, meshes: Meshes) -> Block:
     """All of them in one dtype."""
+    own = {MUSTER: [], COMPILED: ["train.compile=true"]} if compiled else {MUSTER: []}
     plain, config = config_of(dtype, PLAIN), config_of(dtype, [])
-    builds: dict[str, Callable[[], Training]] = {MUSTER: partial(Muster, plain, meshes)}
+    builds: dict[str, Callable[[], Training]] = {
+        name: partial(Muster, config_of(dtype, [*PLAIN, *more]), meshes) for name, more in own.items()
+    }
     builds |= {name: partial(Transformers, plain, way) for name, way in ways(dtype, compiled).items()}
     if dtype == "fp32":
         builds["DeepSpeed MoE, no drop, fused AdamW"] = partial(DeepSpeedMoe, plain)
@@ -125,11 +128,11 @@ def measure(dtype: str, rounds: int, compiled: bool, meshes: Meshes) -> Block:
         except Absent as why:
             row.note = str(why)
         except Exception as found:  # a peer that breaks is reported, and the others are measured
-            if name == MUSTER:
+            if name in own:
                 raise
             ready.pop(name, None)
             row.note = f"failed: {type(found).__name__}: {found}".splitlines()[0]
-    ready[MUSTER] = Muster(config, meshes)
+    ready |= {name: Muster(config_of(dtype, more), meshes) for name, more in own.items()}
     ready[FLOOR] = Products(config)
     rows.append(Row(FLOOR))
     seconds = _take_turns(ready, config, rounds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from parallel.exchange_timer import ExchangeTimer
 from parallel.mesh import Meshes
 from trainer.callbacks import Callback
 from trainer.checkpoint.resume import Checkpoint
-from trainer.config import Dtype, EngineName, RunConfig, Sharding
+from trainer.config import Device, Dtype, EngineName, RunConfig, Sharding
 from trainer.data.tokenizer import TextTokenizer
 from trainer.ds_config import accumulation, deepspeed_settings
 from trainer.models.init import fill_buffers
@@ -44,6 +45,8 @@ def build_model(config: RunConfig, dispatcher: Dispatcher) -> nn.Module:
     Raises:
         ConfigError: a target cannot be called so, raised, or made something that is no such module.
     """
+    if config.train.compile:
+        _check_compiler(config)
     with torch.device("meta"):
         if config.model.target is None:
             return Transformer(config, dispatcher, _feed_forward)
@@ -52,6 +55,19 @@ def build_model(config: RunConfig, dispatcher: Dispatcher) -> nn.Module:
     model = _module("model.target", target, made, 3, "forward(tokens, targets=None, document_ids=None)")
     _check_own_model(model, config)
     return model
+
+
+def _check_compiler(config: RunConfig) -> None:
+    """Else the first step would end in an error of the compiler's."""
+    wanted = os.environ.get("CXX")
+    found = [name for name in ([wanted] if wanted else ["g++", "clang++", "c++"]) if shutil.which(name)]
+    if config.device is Device.cpu and not found:
+        raise ConfigError(
+            "train.compile",
+            "true",
+            f"there is no C++ compiler here ({wanted or 'g++, clang++'}), which torch.compile needs on a CPU",
+            "train.compile=false, or install g++ (or name one in the environment variable CXX)",
+        )
 
 
 def _feed_forward(config: RunConfig, index: int, dispatcher: Dispatcher) -> nn.Module:

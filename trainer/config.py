@@ -274,6 +274,9 @@ class TrainConfig:
     num_threads: int = -1
     """CPU threads a process; -1: the machine's cores / local processes. Part of bit-identity."""
     activation_checkpointing: bool = False
+    compile: bool = False
+    """Compile attention, norms and residuals of the blocks (torch.compile): other bits, and the first step waits
+    for it. Experts and what is exchanged stay as they are."""
     verify_first: bool = False
     """Prove the layout (`muster verify`) before training; a certificate that fails ends the command."""
 

@@ -58,6 +58,7 @@ def validate(config: RunConfig) -> None:
     _check_budget(config)
     check_cure(config)
     _check_engine(config)
+    _check_compile(config)
     _check_data(config, dims)
     _check_optim(config)
     _check_health(config)
@@ -206,6 +207,25 @@ def _check_engine(config: RunConfig) -> None:
             f"there is nothing to shard over: parallel.dp_shard = {config.parallel.dp_shard}",
             "engine.sharding=ddp",
         )
+
+
+def _check_compile(config: RunConfig) -> None:
+    if not config.train.compile:
+        return
+    require(
+        config.model.target is None,
+        "train.compile",
+        "true",
+        f"it compiles the blocks of Muster's own model, not those of model.target={config.model.target}",
+        "train.compile=false, and torch.compile in your model",
+    )
+    require(
+        config.engine.zero_stage != 3,
+        "train.compile",
+        "true",
+        "DeepSpeed's ZeRO-3 gathers weights in hooks of modules, which are compiled away",
+        "train.compile=false, engine.zero_stage=2, or engine=native",
+    )
 
 
 def _check_data(config: RunConfig, dims: ParallelDims) -> None:

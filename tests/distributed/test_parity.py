@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 
 import pytest
@@ -149,3 +150,8 @@ def test_variation_computes_what_one_process_would(
     overrides = VARIATIONS[variation]
     common, layout = (["layout=mixtral"], overrides) if variation in LAYOUT_ONLY else (overrides, [])
     compare(pool, 4, common, [*layout, *overrides_of(4, dp_replicate, ep)])
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_blocks_compute_what_one_process_would(pool: Pool) -> None:
+    compare(pool, 2, ["layout=mixtral"], ["train.compile=true", *overrides_of(2, 1, 2)])

@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide, weight = x.float(), self.weight.float()
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return rms_norm(wide, weight, self.eps).to(x.dtype)
         return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
@@ -59,6 +59,9 @@ def rotary_table(
 def rotate(x_BHSC: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Apply the rotary embedding to ``[B, H, S, C]``."""
     cos, sin = (t.to(x_BHSC.dtype) for t in table)
+    if torch.compiler.is_compiling():  # which fuses what is written out, forward and backward
+        first, second = x_BHSC.chunk(2, dim=-1)
+        return x_BHSC * cos + torch.cat([-second, first], dim=-1) * sin
     return rotated(x_BHSC, cos, sin)
 
 

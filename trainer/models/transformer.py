@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +44,18 @@ class Block(nn.Module):
 
     With ``recompute`` only the block's input is kept and the rest computed again in backward, except the
     router's choice and what the all-to-all brought: those are recorded, so a token is never routed anew.
+    With ``compiled`` all before the feed-forward layer is compiled in training, once for all blocks.
 
     Args:
         feed_forward: ``forward(x)``, or ``forward(x, positions)`` for one that must know more of them
             (:class:`trainer.moe.positions.Positions`). Returns ``y``, or ``(y, MoeStats)``.
     """
 
-    def __init__(self, model: ModelConfig, feed_forward: nn.Module, recompute: bool) -> None:
+    def __init__(
+        self, model: ModelConfig, feed_forward: nn.Module, recompute: bool, compiled: bool = False
+    ) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.compiled = recompute, compiled
         self.attention_norm = RMSNorm(model.dim, model.norm_eps)
         self.attention = build_attention(model)
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps)
@@ -77,11 +82,24 @@ class Block(nn.Module):
         positions: Positions,
         remember: Remember | None = None,
     ) -> tuple[Tensor, MoeStats | None]:
-        x = x + self.attention(self.attention_norm(x), table, mask, remember)
-        normed = self.ffn_norm(x)
+        attend = _compiled_attend() if self.compiled and self.training else Block._attend
+        x, normed = attend(self, x, table, mask, remember)
         y = self.feed_forward(normed, positions) if self.takes_positions else self.feed_forward(normed)
         y, stats = y if isinstance(y, tuple) else (y, None)
         return x + y, stats
+
+    def _attend(
+        self, x: Tensor, table: RotaryTable, mask: Tensor | None, remember: Remember | None
+    ) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(self.attention_norm(x), table, mask, remember)
+        return x, self.ffn_norm(x)
+
+
+@cache
+def _compiled_attend() -> Callable[..., tuple[Tensor, Tensor]]:
+    settings: Any = importlib.import_module("torch._inductor.config")
+    settings.compile_threads = 1  # in this process: workers that are killed leave no compiler behind
+    return torch.compile(Block._attend, dynamic=False)
 
 
 def takes(module: nn.Module, num_tensors: int) -> bool:
@@ -109,14 +127,14 @@ class Transformer(nn.Module):
         make_feed_forward: Callable[[RunConfig, int, Dispatcher], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        model = config.model
+        model, train = config.model, config.train
         self.config = model
         self.seed = config.train.seed
         self.dtype = torch.bfloat16 if config.train.dtype is Dtype.bf16 else torch.float32
         make = make_feed_forward or default_feed_forward
         self.embedding = nn.Embedding(model.vocab_size, model.dim)
         self.layers = nn.ModuleList(
-            Block(model, make(config, i, dispatcher), config.train.activation_checkpointing)
+            Block(model, make(config, i, dispatcher), train.activation_checkpointing, train.compile)
             for i in range(model.num_layers)
         )
         self.norm = RMSNorm(model.dim, model.norm_eps)
