@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-every-step bench-snapshot bench-layer bench-step bench-exchange docs clean
+.PHONY: help setup train test test-all test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-every-step bench-snapshot bench-layer bench-step bench-exchange bench-scale bench-checkpoint bench docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -92,6 +92,14 @@ bench-step: setup ## a whole training step, Muster, peers and the floor in turn,
 
 bench-exchange: setup ## the MoE layer over 2 and 4 processes beside its products and bytes, write bench/results/exchange.md
 	$(BIN)/python -m bench.exchange $(ARGS)
+
+bench-scale: setup ## 1 to 8 processes, and what 16,384 ranks cost each to set up, write bench/results/scale.md
+	$(BIN)/python -m bench.scale $(ARGS)
+
+bench-checkpoint: setup ## one save of 1 GiB: Muster, torch.save, DCP and the disk in turn, write bench/results/checkpoint.md
+	$(BIN)/python -m bench.checkpoint $(ARGS)
+
+bench: bench-layer bench-step bench-exchange bench-scale bench-checkpoint bench-saves ## all that is about speed (an hour)
 
 docs: setup ## write anew what the code knows: metrics.md, configuration.md, costs and pictures of layouts.md
 	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md

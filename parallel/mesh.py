@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -36,8 +37,8 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
         dims: degrees whose product is the size of the default process group.
         device_type: ``cpu`` or ``cuda``.
     """
-    dense = init_device_mesh(device_type, dims.dense_shape, mesh_dim_names=DENSE_AXES)
-    sparse = init_device_mesh(device_type, dims.sparse_shape, mesh_dim_names=SPARSE_AXES)
+    dense = _mesh(device_type, DENSE_AXES, dims.dense_shape, ("dp_shard",))
+    sparse = _mesh(device_type, SPARSE_AXES, dims.sparse_shape, ("expert_shard", "ep"))
     replicated = dims.dp_replicate > 1
     expert_fsdp = None
     if dims.dp_replicate * dims.expert_shard > 1:
@@ -49,3 +50,13 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
         ep=sparse["ep"].get_group(),
         replica=dense["dp_shard"].get_group(),
     )
+
+
+def _mesh(device_type: str, axes: Sequence[str], shape: Sequence[int], kept: Sequence[str]) -> DeviceMesh:
+    """A mesh of the axes whose degree is above 1, and of those that are asked for whatever theirs is.
+
+    An axis of degree 1 is as many groups as there are ranks. Every rank calls for each of them in turn, and each
+    is threads (gloo) or a communicator (NCCL) of its own.
+    """
+    used = {axis: degree for axis, degree in zip(axes, shape, strict=True) if degree > 1 or axis in kept}
+    return init_device_mesh(device_type, tuple(used.values()), mesh_dim_names=tuple(used))

@@ -79,12 +79,15 @@ def assert_accounted(workplace: Workplace, killed_at: list[int]) -> None:
         parts = [event[f"{part}_seconds"] for part in PARTS]
         assert min(parts) >= 0 and sum(parts) == pytest.approx(event["seconds"])
         assert event["kind"] == "crash" and event["restart_seconds"] > 0 and event["recompute_seconds"] > 0
-    account = History.load(workplace.run_dir).account
+    history = History.load(workplace.run_dir)
+    account = history.account
     first, last = workplace.events("start")[0], workplace.events("finish")[-1]
     assert account.wall == pytest.approx(last["time"] - first["time"])
     lost = sum(event["seconds"] for event in recoveries)
     spent = account.detect + account.restart + account.load + account.recompute
-    assert spent == pytest.approx(lost, rel=0.2, abs=0.3), "the account and the events tell of the same time"
+    # The account has the step that each kill cut off besides, which may have been as long as the longest.
+    cut_off = len(killed_at) * max(record["perf/step_seconds"] for record in history.records)
+    assert -0.3 <= spent - lost <= 0.3 + cut_off, "the account and the events tell of the same time"
     assert account.useful > 0 and account.other < 0.5 * account.wall
     assert last["goodput"] == pytest.approx(account.goodput, abs=0.1), "live and afterwards"
 

@@ -1,0 +1,29 @@
+"""`make bench-checkpoint` and `make bench-scale`: what they measure is done by real processes, and told."""
+
+from __future__ import annotations
+
+from bench import checkpoint, scale
+
+
+def test_every_way_saves_and_loads_the_same() -> None:
+    found = checkpoint.run(mib=4, rounds=1)
+    assert set(found["lines"]) == set(checkpoint.WAYS)
+    state = 4 << 20
+    for name, line in found["lines"].items():
+        assert line["stall"][0] <= line["total"][0] and line["total"][0] > 0, name
+    for name in (checkpoint.DURABLE, checkpoint.FSYNCED, "DCP save", "torch.save, not fsynced"):
+        assert state <= found["bytes"][name] < 1.1 * state, name
+    assert "| Muster, durable |" in checkpoint.page("head", found, 4, 1)
+
+
+def test_ranks_of_a_large_world_know_few_groups() -> None:
+    line = scale.in_a_fresh_process(512, 257, "dp_replicate 8, ep 8")
+    # The world; dense: replicas and shards; sparse: replicas, expert shards and ep.
+    assert line["groups"] == [8, 8, 8, 8, 64, 512]
+    assert "| 512 | dp_replicate 8, ep 8 | 257 |" in scale.fakes_table([line])
+
+
+def test_two_ranks_train_as_many_tokens_each() -> None:
+    found = scale.run_world(2, rounds=1)
+    assert found["ep"] == 2 and len(found["ms"]) == 1 and found["bytes_a_rank"] > 0
+    assert scale.runs_table([found]).count("\n| 2 | 2 |") == 1
