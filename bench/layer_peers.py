@@ -79,6 +79,9 @@ class _Gate(nn.Module):
         self.gating = _module("deepspeed.moe.sharded_moe")
         self.logits_TE: Tensor | None = None
 
+    def _set_ep_group(self, group: Any) -> None:
+        """Told by the layer; the common capacity is found over all ranks, who are this group."""
+
     def forward(self, x: Tensor, used: Any = None, sparse_routes: bool = False, tutel: bool = False) -> Any:
         common = {"capacity_factor": self.capacity_factor, "min_capacity": 4, "drop_tokens": self.drop}
         common["sparse_routes"] = sparse_routes
