@@ -78,13 +78,15 @@ class _Gate(nn.Module):
         self.top_k, self.capacity_factor, self.drop = top_k, capacity_factor, drop
         self.gating = _module("deepspeed.moe.sharded_moe")
         self.logits_TE: Tensor | None = None
+        self.ep_group: Any = None
 
     def _set_ep_group(self, group: Any) -> None:
-        """Told by the layer; the common capacity is found over all ranks, who are this group."""
+        """Told by the layer: who must agree on a capacity."""
+        self.ep_group = group
 
     def forward(self, x: Tensor, used: Any = None, sparse_routes: bool = False, tutel: bool = False) -> Any:
         common = {"capacity_factor": self.capacity_factor, "min_capacity": 4, "drop_tokens": self.drop}
-        common["sparse_routes"] = sparse_routes
+        common |= {"sparse_routes": sparse_routes, "ep_group": self.ep_group}
         if self.top_k == 1:
             return self.gating.top1gating(self.logits_TE, used_token=used, use_rts=False, **common)
         if self.top_k == 2:
