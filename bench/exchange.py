@@ -2,8 +2,8 @@
 
     make bench-exchange          (ARGS="--world 2 --shape fine --rounds 30")
 
-Ranks of one machine, a thread each, over gloo. The layer's time is compared with that of the busiest rank's
-matrix products plus that of the fewest bytes it can send, both measured in the same rounds. Before anything is
+Ranks of one machine, a thread each, over gloo. The layer's time is compared with that of the ranks'
+matrix products plus that of the fewest bytes they can send, both measured in the same rounds. Before anything is
 timed, output and all gradients are compared with a loop in fp64. Writes bench/results/exchange.md.
 """
 
@@ -82,7 +82,7 @@ def _explained(rounds: int) -> str:
 share these. Forward and backward of one layer with the shapes and routings of bench/results/layer.md, each rank
 with its share of tokens and experts. A time is that of the slowest rank, and all begin together.
 
-- **{FLOOR}**: the nine products of the rank with most rows, on all ranks at once.
+- **{FLOOR}**: each rank's nine products, of the rows that its experts get, on all ranks at once.
 - **{WIRE}**: four all-to-alls of the fewest bytes: a token once to each other rank of its choice.
 - **× both**: Muster ÷ their sum; **Muster ÷ it**: median over rounds of the ratio of two times of one round, and
   its 95 % interval (bootstrap).
@@ -152,7 +152,7 @@ def main(given: list[str]) -> int:
     parser.add_argument("--world", choices=["2", "4", "all"], default="all")
     parser.add_argument("--shape", choices=[*TARGETS, "all"], default="all")
     parser.add_argument("--routing", choices=[*ROUTINGS, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, help="instead of the shape's, for a quick look")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
     args = parser.parse_args(given)

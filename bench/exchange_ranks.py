@@ -129,8 +129,8 @@ class Wire(Contestant):
         return self.rows_there
 
 
-class BusiestMatmuls(Contestant):
-    """The products of the rank that has most rows, on every rank at once."""
+class OwnMatmuls(Contestant):
+    """The products of the rows that a rank's experts get, all as if of one expert; all ranks at once."""
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         super().__init__(torch.nn.Module())
@@ -139,7 +139,7 @@ class BusiestMatmuls(Contestant):
     def prepare(self, work: Work) -> None:
         counts = torch.bincount(work.expert_TK.flatten(), minlength=self.shape.num_experts)
         dist.all_reduce(counts)
-        rows = int(counts.view(dist.get_world_size(), -1).sum(1).max())
+        rows = int(_part(counts).sum())
         self.inner = Matmuls(replace(self.shape, tokens=rows, top_k=1), self.weights, torch.float32)
         x = torch.randn(rows, self.shape.dim)
         self.inner.prepare(Work(x, x, work.expert_TK, work.weight_TK))
@@ -167,7 +167,7 @@ def contestants(shape: Shape, weights: Weights) -> dict[str, Callable[[], Contes
         MUSTER: lambda: MusterSpread(shape, weights),
         "DeepSpeed MoE, no drop": lambda: DeepSpeedSpread(shape, weights),
         WIRE: lambda: Wire(shape),
-        FLOOR: lambda: BusiestMatmuls(shape, weights),
+        FLOOR: lambda: OwnMatmuls(shape, weights),
     }
 
 
