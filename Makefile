@@ -101,11 +101,12 @@ bench-checkpoint: setup ## one save of 1 GiB: Muster, torch.save, DCP and the di
 
 bench: bench-layer bench-step bench-exchange bench-scale bench-checkpoint bench-saves ## all that is about speed (an hour)
 
-docs: setup ## write anew what the code knows: metrics.md, configuration.md, costs and pictures of layouts.md
+docs: setup ## write anew what the code knows: metrics.md, configuration.md, layouts.md, README's figures
 	$(BIN)/python -m trainer.metrics.schema > docs/metrics.md
 	$(BIN)/python -m trainer.reference > docs/configuration.md
 	$(BIN)/python -m trainer.layouts docs/layouts.md
 	$(BIN)/python -m docs.draw_layouts
+	$(BIN)/python -m bench.readme
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .venv-bench .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bench import readme
 from docs import draw_layouts
 from launch import evaluate, sweep
 from launch.__main__ import HELP
@@ -279,6 +280,10 @@ def test_table_of_layouts_is_that_of_conf() -> None:
     assert sorted(row[0] for row in rows) == layouts.layout_names()
     for row in rows:
         assert row[1:7] == described(layouts.layout_config(row[0]).layout), row[0]
+
+
+def test_figures_of_speed_are_those_of_the_results() -> None:
+    assert readme.section() in (ROOT / "README.md").read_text()
 
 
 def test_table_of_sampling_options_is_that_of_the_code() -> None:
