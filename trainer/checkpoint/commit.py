@@ -5,13 +5,18 @@ the digest) into one hidden directory. Rank 0 waits until all parts are there, c
 hold every element exactly once, writes the manifest and renames the directory to its final name: that
 rename is the commit. The others see it happen, or find the note that rank 0 leaves when it gives up.
 
+Then every rank reads its shard back from the disk and takes its part away if it is what was written. Only when no
+part is left may older checkpoints go; one that some rank could not read is taken back. (Who loads one compares its
+checksums in any case: a crash in between is no danger.)
+
     .step-00000100.<attempt>-<n>.tmp/       being written, n-th save of this launch generation
       shard-00001.safetensors  part-00001.json      a rank's data; its part, written last
       failed-00001.json                             that rank gave up, and why
     .step-00000100.<attempt>-<n>.failed     rank 0 gave up, and why
     step-00000100/                          committed
-    step-00000100.replaced/                 for the instant in which another commit of the step takes its
-                                            name; a scan finds it, so some valid one is there at any time
+      part-00001.json, failed-00001.json            not read back yet; read back, and found to be something else
+    step-00000100.replaced/                 until another commit of the step, which took its name, was read back;
+                                            a scan finds it, so some valid one is there at any time
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +75,10 @@ class Attempt:
     def failed(self) -> Path:
         return self.tmp.with_suffix(".failed")
 
+    @property
+    def replaced(self) -> Path:
+        return self.final.with_name(f"{self.final.name}.replaced")
+
     def part(self, rank: int) -> Path:
         return self.tmp / f"part-{rank:05d}.json"
 
@@ -87,31 +97,22 @@ class Part:
     rank_tensors: dict[str, Any]
 
 
-def write_part(attempt: Attempt, rank: int, staged: Staged) -> int:
-    """Write and flush this rank's shard, read it back, then write its part. Returns the shard's bytes.
+def write_part(attempt: Attempt, rank: int, staged: Staged) -> FileEntry:
+    """Write and flush this rank's shard, then its part. Returns what the shard is to be.
 
     Raises:
         OSError: the disk is full, refuses or fails; or rank 0 gave up and removed the directory meanwhile.
-        StorageError: what the disk returns is not what was written.
     """
     if not attempt.directory.exists():
         attempt.directory.mkdir(parents=True, exist_ok=True)
         fsync_directory(attempt.directory.parent)
     attempt.tmp.mkdir(parents=True, exist_ok=True)
-    shard = attempt.tmp / shard_name(rank)
-    entry = FileEntry(staged.image.size, write_shard(shard, staged.image))
-    digest = weights_digest(staged.weights)
-    if fault := file_fault(shard, entry.bytes, entry.checksum, from_disk=True):
-        raise_if_failed(attempt)  # rank 0 removes the directory under a late writer's feet
-        raise StorageError(
-            "checkpoint",
-            attempt.final / shard.name,
-            f"read back before the commit, it {fault}; older checkpoints were kept",
-            "check the disk; set run.root to another one",
-        )
-    part = Part(rank, entry, digest, staged.entries, staged.blobs)
+    with ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
+        digest = beside.submit(weights_digest, staged.weights)
+        entry = FileEntry(staged.image.size, write_shard(attempt.tmp / shard_name(rank), staged.image))
+    part = Part(rank, entry, digest.result(), staged.entries, staged.blobs)
     write_durably(attempt.part(rank), json.dumps(asdict(part)).encode())
-    return entry.bytes
+    return entry
 
 
 def read_part(path: Path) -> Part:
@@ -212,21 +213,84 @@ def publish(attempt: Attempt, manifest: Manifest) -> None:
         OSError: the file system refused; nothing committed was touched.
     """
     write_durably(attempt.tmp / MANIFEST, manifest.render())
-    for rank in range(manifest.world_size):
-        attempt.part(rank).unlink()
-    fsync_directory(attempt.tmp)
     if not attempt.final.exists():
         attempt.tmp.rename(attempt.final)
     elif _is_same(attempt.final, manifest):
         remove_tree(attempt.tmp)
     else:
-        replaced = attempt.final.with_name(attempt.final.name + ".replaced")
-        remove_tree(replaced)  # of a crash between the last two lines: its successor stands
-        attempt.final.rename(replaced)
+        remove_tree(attempt.replaced)  # of a crash before it was: its successor stands
+        attempt.final.rename(attempt.replaced)
         attempt.tmp.rename(attempt.final)
-        fsync_directory(attempt.directory)
-        remove_tree(replaced)
     fsync_directory(attempt.directory)
+
+
+def read_back(attempt: Attempt, rank: int, world_size: int, entry: FileEntry) -> None:
+    """Read this rank's shard of a committed step from the disk, and take its part away.
+
+    Raises:
+        StorageError: the shard is not what was written: the step is taken back. Or another rank's is not.
+    """
+    if fault := file_fault(attempt.final / shard_name(rank), entry.bytes, entry.checksum, from_disk=True):
+        raise_if_failed(attempt)  # rank 0 took the step back meanwhile
+        error = StorageError(
+            "checkpoint",
+            attempt.final / shard_name(rank),
+            f"read back after the commit, it {fault}; older checkpoints were kept",
+            "check the disk; set run.root to another one",
+        )
+        if rank == 0:
+            take_back(attempt, world_size, error)
+        else:
+            _try_write(attempt.final / attempt.rank_failed(rank).name, _note(attempt, rank, error))
+        raise error
+    (attempt.final / attempt.part(rank).name).unlink(missing_ok=True)
+
+
+def await_read_back(attempt: Attempt, world_size: int, timeout_seconds: float) -> None:
+    """Rank 0: wait until every rank has read its shard back; then what the step replaced may go.
+
+    Raises:
+        StorageError: a rank found another file: the step is taken back. Or one did not answer in time.
+    """
+    waiting: list[str] = []
+
+    def done() -> bool:
+        waiting[:] = sorted(entry.name for entry in attempt.final.iterdir() if entry.suffix == ".json")
+        told = [name for name in waiting if name.startswith("failed-")]
+        if told:
+            error = _told(attempt.final / told[0], _rank_of(told[0]))
+            take_back(attempt, world_size, error)
+            raise error
+        return not any(name.startswith("part-") for name in waiting)
+
+    if not _poll(done, timeout_seconds):
+        first = next(name for name in waiting if name.startswith("part-"))
+        late = StorageError(
+            "checkpoint",
+            attempt.final,
+            f"{timeout_seconds:g} s after the commit, {_rank_of(first)} has not read its shard back",
+            "see that rank's log; check that every node mounts the same run.root",
+        )
+        late.rank, late.host = int(_rank_of(first).split()[1]), "unknown"
+        raise late
+    remove_tree(attempt.replaced)
+
+
+def _rank_of(name: str) -> str:
+    """``part-00001.json`` → ``rank 1``."""
+    return f"rank {int(Path(name).stem.partition('-')[2])}"
+
+
+def take_back(attempt: Attempt, world_size: int, error: Exception) -> None:
+    """Rank 0: a committed step is not what was written: tell the others, and remove it. Raises no OSError."""
+    if world_size > 1:
+        _try_write(attempt.failed, _note(attempt, 0, error))
+    with suppress(OSError):
+        attempt.final.rename(attempt.tmp)
+        if attempt.replaced.exists():
+            attempt.replaced.rename(attempt.final)
+        fsync_directory(attempt.directory)
+    remove_tree(attempt.tmp)
 
 
 def _is_same(committed: Path, manifest: Manifest) -> bool:
@@ -263,13 +327,7 @@ def await_commit(attempt: Attempt, timeout_seconds: float) -> None:
 
 def abandon(attempt: Attempt, rank: int, world_size: int, error: Exception) -> None:
     """After a failure: tell the other ranks why and remove what was written. Raises no OSError."""
-    relation = error.relation if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-    fix = error.fix if isinstance(error, StorageError) else "see that rank's log"
-    value = str(error.value) if isinstance(error, StorageError) else str(attempt.final)
-    where = {"rank": rank, "host": socket.gethostname()}
-    if isinstance(error, StorageError) and error.rank is not None:
-        where = {"rank": error.rank, "host": error.host or "unknown"}
-    note = json.dumps({"value": value, "relation": relation, "fix": fix, **where}).encode()
+    note = _note(attempt, rank, error)
     if rank == 0:
         # On a full disk there is room for the note only after the removal.
         noted = world_size == 1 or _try_write(attempt.failed, note)
@@ -285,6 +343,17 @@ def abandon(attempt: Attempt, rank: int, world_size: int, error: Exception) -> N
         _try_write(attempt.rank_failed(rank), note)
         if attempt.failed.exists():  # rank 0 gave up meanwhile, maybe too early to remove this note
             remove_tree(attempt.tmp)
+
+
+def _note(attempt: Attempt, rank: int, error: Exception) -> bytes:
+    """What others are to know of an error of this rank, or of one that it was told of."""
+    relation = error.relation if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+    fix = error.fix if isinstance(error, StorageError) else "see that rank's log"
+    value = str(error.value) if isinstance(error, StorageError) else str(attempt.final)
+    where = {"rank": rank, "host": socket.gethostname()}
+    if isinstance(error, StorageError) and error.rank is not None:
+        where = {"rank": error.rank, "host": error.host or "unknown"}
+    return json.dumps({"value": value, "relation": relation, "fix": fix, **where}).encode()
 
 
 def _try_write(path: Path, note: bytes) -> bool:
@@ -314,13 +383,13 @@ def _kind(entry: TensorEntry) -> str:
 
 def _poll(condition: Callable[[], bool], timeout_seconds: float) -> bool:
     """Ask until true, ever more slowly, so that thousands of ranks do not hammer a file server."""
-    deadline, pause = time.monotonic() + timeout_seconds, 0.002
+    began = time.monotonic()
     while not condition():
-        left = deadline - time.monotonic()
-        if left <= 0:
+        waited = time.monotonic() - began
+        if waited >= timeout_seconds:
             return False
-        time.sleep(min(pause, left))
-        pause = min(pause * 1.5, 0.25)
+        pause = min(max(0.002, waited / 16), 0.25)
+        time.sleep(min(pause, timeout_seconds - waited))
     return True
 
 
@@ -328,7 +397,7 @@ def remove_stale(directory: Path, attempt: str) -> list[Path]:
     """Rank 0 at start-up: clear away what other launch generations left half-done.
 
     Hidden directories and notes of other attempts are removed, a step that a crash left under its
-    ``.replaced`` name gets its own back. Committed checkpoints are not touched.
+    ``.replaced`` name gets its own back. Of committed checkpoints only parts go, which nobody will read back.
 
     Returns:
         What was removed.
@@ -349,4 +418,8 @@ def remove_stale(directory: Path, attempt: str) -> list[Path]:
                 removed.append(path)
             else:
                 path.rename(final)
+        elif (path / MANIFEST).is_file():
+            for part in path.glob("part-*.json"):
+                part.unlink(missing_ok=True)
+                removed.append(part)
     return removed

@@ -28,9 +28,11 @@ from trainer.checkpoint.commit import (
     abandon,
     assemble,
     await_commit,
+    await_read_back,
     collect,
     publish,
     raise_if_failed,
+    read_back,
     remove_stale,
     write_part,
 )
@@ -41,7 +43,7 @@ from trainer.checkpoint.files import (
     remove_tree,
     storage_error,
 )
-from trainer.checkpoint.format import MANIFEST, step_name
+from trainer.checkpoint.format import MANIFEST, FileEntry, step_name
 from trainer.checkpoint.retention import hide, link_best, surplus
 from trainer.checkpoint.staging import HostMemory, Staged, stage
 from trainer.checkpoint.whole import Contents
@@ -67,7 +69,7 @@ class SaveResult:
         path: its directory.
         bytes: of the whole checkpoint on rank 0, of the own shard on the others.
         seconds_stalled: that training waited in ``save``, for the save before and the copy.
-        seconds_written: from then to the commit, in the background.
+        seconds_written: from then to the commit, in the background; reading it back takes longer.
     """
 
     step: int
@@ -243,11 +245,12 @@ class DurableCheckpointer:
         began = time.perf_counter()
         try:
             try:
-                size = self._commit(attempt, staged, trainer, info)
+                entry, size = self._commit(attempt, staged, trainer, info)
             except Exception as error:
                 abandon(attempt, self.rank, self.world_size, error)
                 raise
             seconds = time.perf_counter() - began
+            self._read_back(attempt, entry)
             with self._lock:
                 self._finished.append(SaveResult(attempt.step, attempt.final, size, stalled, seconds))
             if self.rank == 0:
@@ -259,20 +262,32 @@ class DurableCheckpointer:
             with self._lock:
                 self._in_flight = self._best_pending = None
 
-    def _commit(self, attempt: Attempt, staged: Staged, trainer: dict[str, Any], info: dict[str, Any]) -> int:
+    def _commit(
+        self, attempt: Attempt, staged: Staged, trainer: dict[str, Any], info: dict[str, Any]
+    ) -> tuple[FileEntry, int]:
+        """Until the step has its name; this rank's shard, and the bytes of all that it knows of."""
         try:
-            size = write_part(attempt, self.rank, staged)
+            entry = write_part(attempt, self.rank, staged)
             faults.reach("save", attempt.step, path=attempt.tmp)
             if self.rank != 0:
                 await_commit(attempt, 2 * self.timeout_seconds)
-                return size
+                return entry, entry.bytes
             parts = collect(attempt, self.world_size, self.timeout_seconds)
             manifest = assemble(attempt, parts, trainer, info, self.contents)
             publish(attempt, manifest)
         except OSError as error:
             raise_if_failed(attempt)  # rank 0 removes the directory under a late writer's feet
             raise storage_error(error, attempt.directory, staged.image.size) from error
-        return sum(entry.bytes for entry in manifest.files.values())
+        return entry, sum(file.bytes for file in manifest.files.values())
+
+    def _read_back(self, attempt: Attempt, entry: FileEntry) -> None:
+        try:
+            read_back(attempt, self.rank, self.world_size, entry)
+            if self.rank == 0:
+                await_read_back(attempt, self.world_size, self.timeout_seconds)
+        except OSError as error:
+            raise_if_failed(attempt)
+            raise storage_error(error, attempt.directory, 0) from error
 
     def _settle(self, attempt: Attempt) -> None:
         """After a commit: the best link, then removal of what is no longer needed."""

@@ -11,8 +11,16 @@ from pathlib import Path
 import torch
 
 from parallel.engines.base import StateSlice
-from trainer.checkpoint.commit import Attempt, assemble, publish, read_part, write_part
-from trainer.checkpoint.files import check_room
+from trainer.checkpoint.commit import (
+    Attempt,
+    assemble,
+    publish,
+    read_back,
+    read_part,
+    take_back,
+    write_part,
+)
+from trainer.checkpoint.files import StorageError, check_room
 from trainer.checkpoint.resume import open_checkpoint
 from trainer.checkpoint.shards import DTYPES
 from trainer.checkpoint.staging import HostMemory, stage
@@ -131,15 +139,22 @@ def _write_checkpoint(
             room = _PART_BYTES
         groups[-1].append(item)
         room -= size
+    entries = []
     for rank, group in enumerate(groups):
         slices: Iterable[StateSlice] = (read(item) for item in group)
         if rank == 0:
             slices = chain(slices, (_zeros(state[name]) for name in fresh))
-        write_part(attempt, rank, stage(rank, slices, {}, HostMemory()))
+        entries.append(write_part(attempt, rank, stage(rank, slices, {}, HostMemory())))
     parts = [read_part(attempt.part(rank)) for rank in range(len(groups))]
     shapes = {f"model.{name}": piece.global_shape for name, piece in state.items()}
     contents = Contents(shapes, trained=frozenset())
     publish(attempt, assemble(attempt, parts, {}, {"imported": family.model_type}, contents))
+    try:
+        for rank, entry in enumerate(entries):
+            read_back(attempt, rank, 1, entry)
+    except StorageError as error:
+        take_back(attempt, 1, error)
+        raise
     return rows
 
 

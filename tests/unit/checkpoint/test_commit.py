@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from checkpoint_helpers import (
 )
 
 from parallel.engines.base import StateSlice
-from trainer.checkpoint import commit
+from trainer.checkpoint import commit, durable
 from trainer.checkpoint.durable import DurableCheckpointer, StorageError, remove_stale
 from trainer.checkpoint.resume import newest_valid
 from trainer.checkpoint.shards import ShardImage
@@ -350,7 +352,7 @@ def test_best_of_a_step_in_flight_is_linked_once_it_is_committed(tmp_path: Path)
     checkpointer(tmp_path, 1, 2).mark_best(2)  # other ranks leave it to rank 0
 
 
-def test_a_shard_that_does_not_read_back_is_not_committed(
+def test_a_shard_that_does_not_read_back_is_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = checkpointer(tmp_path, keep_last=1)
@@ -364,10 +366,89 @@ def test_a_shard_that_does_not_read_back_is_not_committed(
 
     monkeypatch.setattr(commit, "write_shard", write_to_a_bad_disk)
     with pytest.raises(
-        StorageError, match=r"shard-00000\.safetensors: read back before the commit, it has changed"
+        StorageError, match=r"shard-00000\.safetensors: read back after the commit, it has changed"
     ):
         run_steps(own, [2])
     assert visible(tmp_path) == ["step-00000001"]
+
+
+def test_a_rank_that_reads_back_something_else_makes_all_give_the_step_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, [one_tensor(1.0)])
+    save(tmp_path, 3, [one_tensor(3.0)])
+    layout = expert_layout(sample_state(), 3, 0)
+    ranks = [checkpointer(tmp_path, rank, 3, keep_last=1) for rank in range(3)]
+    file_fault = commit.file_fault
+
+    def seen(path: Path, *rest: Any, **how: Any) -> str | None:
+        if how and path.name == "shard-00001.safetensors":  # rank 1's, read from the disk
+            return "has changed"
+        return file_fault(path, *rest, **how)
+
+    def run(rank: int) -> None:
+        ranks[rank].save(3, layout[rank], {}, {}, {})
+        if rank == 0:
+            ranks[0].mark_best(3)
+        ranks[rank].wait()
+
+    monkeypatch.setattr(commit, "file_fault", seen)
+    errors = in_threads([lambda r=r: run(r) for r in range(3)])
+    for error in errors[:2]:
+        assert isinstance(error, StorageError)
+        assert "read back after the commit, it has changed; older checkpoints were kept" in error.relation
+        assert str(error.value).endswith("step-00000003/shard-00001.safetensors")
+    assert (errors[0].rank, errors[1].rank) == (1, None)  # type: ignore[union-attr]
+    kept = [name for name in visible(tmp_path) if not name.endswith(".failed")]
+    assert kept == ["step-00000001", "step-00000003"], "no link to it, and what it replaced is back"
+    found = newest_valid(tmp_path, failing)
+    assert found is not None and found.step == 3 and not (found.path / "shard-00001.safetensors").exists()
+
+
+def test_nothing_goes_before_every_rank_has_read_its_shard_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, [one_tensor(1.0)])
+    layout = expert_layout(sample_state(), 2, 0)
+    ranks = [checkpointer(tmp_path, rank, 2, keep_last=1, timeout_seconds=5.0) for rank in range(2)]
+    may, file_fault = threading.Event(), commit.file_fault
+
+    def slow(path: Path, *rest: Any, **how: Any) -> str | None:
+        if how and path.name == "shard-00001.safetensors":
+            may.wait()
+        return file_fault(path, *rest, **how)
+
+    monkeypatch.setattr(commit, "file_fault", slow)
+    for rank in range(2):
+        ranks[rank].save(2, layout[rank], {}, {}, {})
+    while not ranks[0].committed(2) or (tmp_path / "step-00000002" / "part-00000.json").exists():
+        time.sleep(0.001)
+    assert visible(tmp_path) == ["step-00000001", "step-00000002"] and not ranks[0].poll()
+    assert newest_valid(tmp_path, failing).step == 2, "a crash now loses nothing"  # type: ignore[union-attr]
+    assert remove_stale(tmp_path, "gen0") == [tmp_path / "step-00000002" / "part-00001.json"]
+    may.set()
+    for rank in range(2):
+        ranks[rank].wait()
+    assert visible(tmp_path) == ["step-00000002"] and ranks[0].poll()
+    assert not list((tmp_path / "step-00000002").glob("part-*"))
+
+
+def test_a_rank_that_never_reads_its_shard_back_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, [one_tensor(1.0)])
+    layout = expert_layout(sample_state(), 2, 0)
+    ranks = [checkpointer(tmp_path, rank, 2, keep_last=1, timeout_seconds=0.5) for rank in range(2)]
+    read_back = durable.read_back
+    monkeypatch.setattr(
+        durable, "read_back", lambda attempt, rank, *rest: rank or read_back(attempt, rank, *rest)
+    )
+    for rank in range(2):
+        ranks[rank].save(2, layout[rank], {}, {}, {})
+    with pytest.raises(StorageError, match="after the commit, rank 1 has not read its shard back") as late:
+        ranks[0].wait()
+    assert late.value.rank == 1
+    assert visible(tmp_path) == ["step-00000001", "step-00000002"], "both stay"
 
 
 def test_trainer_state_that_is_not_json_is_the_callers_error(tmp_path: Path) -> None:
