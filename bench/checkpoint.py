@@ -42,6 +42,7 @@ from trainer.checkpoint.timeline import Timelines
 WORLD, TENSORS, _SLOTS = 2, 32, 3
 SNAPSHOT, DURABLE = "Muster, snapshot in memory", "Muster, durable"
 COPY, FSYNCED = "plain copy to warm shared memory", "plain write and fsync"
+DIRECT = "plain write, O_DIRECT and fsync"
 Wait = Callable[[], object]
 
 
@@ -211,7 +212,7 @@ WAYS: dict[str, type[Saver]] = {
     "DCP async_save": DcpAsync,
     COPY: Copy,
     FSYNCED: Fsynced,
-    "plain write, O_DIRECT and fsync": Direct,
+    DIRECT: Direct,
 }
 
 
@@ -341,6 +342,7 @@ def page(head: str, found: dict[str, Any], mib: int, rounds: int) -> str:
         f"| stall of a durable save ÷ {COPY} | {_ratio(lines[DURABLE]['stall'], copies)} | |",
         f"| {FSYNCED} ÷ Muster's durable save: its share of the disk's rate | {_ratio(written, durable)} "
         "| 0.8 at least |",
+        f"| {DIRECT} ÷ Muster's durable save | {_ratio(lines[DIRECT]['total'], durable)} | |",
     ]
     parts += [
         f"| Muster's durable save ÷ {name}, until it is done | {_ratio(durable, lines[name]['total'])} | |"

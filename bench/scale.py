@@ -2,7 +2,8 @@
 
     make bench-scale             (ARGS="--worlds 64 4096")
 
-First, real training over gloo with as many tokens a rank, a thread each: tokens per second and bytes between ranks.
+First, real training over gloo with as many tokens a rank, a thread each: tokens per second and bytes between ranks,
+beside the same ranks that exchange nothing, and beside what they exchange alone.
 Then, with PyTorch's fake process group, one rank of a large world builds all its meshes and groups in a fresh
 process: seconds, memory, groups. Writes bench/results/scale.md.
 """
@@ -11,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -49,6 +49,7 @@ LAYOUTS = {
 }
 """Degrees; a negative dp_replicate: what leaves so many ranks to dp_shard."""
 WORLDS = (64, 512, 4096, 16384)
+REPEATS = 15
 
 
 def config_of(world: int) -> RunConfig:
@@ -58,39 +59,106 @@ def config_of(world: int) -> RunConfig:
     return resolve(compose(overrides), Machine.here())
 
 
-def train(rank: int, world: int, folder: str, rounds: int) -> None:
-    """One rank of a real run; rank 0 writes down the median step of the slowest rank and its bytes."""
+class Ranks:
+    """How the ranks of a run meet before a step, whatever they exchange in it."""
+
+    def __init__(self, folder: str, world: int) -> None:
+        self.store, self.world, self.count = dist.FileStore(f"{folder}/meet", world), world, 0
+
+    def meet(self) -> None:
+        self.count += self.world
+        self.store.add("met", 1)
+        while self.store.add("met", 0) < self.count:
+            time.sleep(0.0005)
+
+
+def train(rank: int, world: int, folder: str, rounds: int, alone: bool) -> None:
+    """One rank of a real run; writes down its steps' seconds, and what its collectives alone take.
+
+    Args:
+        alone: it trains by itself, beside the others.
+    """
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=5))
-    config, device = config_of(world), torch.device("cpu")
+    size, place = (1, 0) if alone else (world, rank)
+    store = dist.FileStore(f"{folder}/store-{rank if alone else 0}", size)
+    dist.init_process_group("gloo", store=store, rank=place, world_size=size, timeout=timedelta(minutes=5))
+    config, device = config_of(size), torch.device("cpu")
     meshes = build_meshes(parallel_dims(config), "cpu")
     engine = build_engine(config, meshes, device)
     engine.prepare(build_model(config, build_dispatcher(meshes)))
     initialise(engine.model, engine.named_state(), config.train.seed)
     stepper = Stepper(engine, config, device, wants_stop=lambda: False)
+    ranks, share = Ranks(folder, world), config_of(1)
     seconds, sent = [], 0
-    share = config_of(1)  # a rank's own rows
     for step in range(2 + rounds):
         batch = batch_of(share, step * world + rank)
-        dist.barrier()
+        ranks.meet()
         began = time.perf_counter()
         totals = stepper.train_step(step, [batch]).totals
         seconds.append(time.perf_counter() - began)
-        sent = int(totals.sent_L.sum())
-    slowest = torch.tensor(seconds[2:], dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    if rank == 0:
-        found = {"world": world, "ep": RUNS[world], "ms": [round(1000 * s, 2) for s in slowest.tolist()]}
-        Path(folder, "found.json").write_text(json.dumps({**found, "bytes_a_rank": sent // world}))
+        sent = int(totals.sent_L.sum()) // size
+    found = {"seconds": seconds[2:], "sent": sent, "exchange": 0.0, "weights": 0.0}
+    if size > 1:
+        assert meshes.ep is not None
+        group = meshes.ep
+        found["exchange"] = exchanges_alone(group, sent, config.model.num_layers, ranks)
+        whole = [p.numel() for n, p in engine.model.named_parameters() if ".experts." not in n]
+        found["weights"] = weights_alone(sum(whole), ranks)
+    Path(folder, f"found-{rank}.json").write_text(json.dumps(found))
+    ranks.meet()
     dist.destroy_process_group()
 
 
-def run_world(world: int, rounds: int) -> dict[str, Any]:
+def exchanges_alone(group: dist.ProcessGroup, sent: int, num_layers: int, ranks: Ranks) -> float:
+    """Median seconds of all all-to-alls of a step: four a layer, as if all were of one size."""
+    ep = dist.get_world_size(group)
+    each = max(1, sent // (4 * num_layers * 4 * (ep - 1)))  # fp32 numbers to each other rank
+    splits = [0 if rank == dist.get_rank(group) else each for rank in range(ep)]
+    out, got = torch.ones(sum(splits)), torch.empty(sum(splits))
+
+    def once() -> None:
+        for _ in range(4 * num_layers):
+            dist.all_to_all_single(got, out, splits, splits, group=group)
+
+    return timed(once, ranks)
+
+
+def weights_alone(numel: int, ranks: Ranks) -> float:
+    """Median seconds to gather all weights that every rank needs, twice, and to sum their gradients."""
+    world = dist.get_world_size()
+    part = torch.ones(numel // world)
+    whole = torch.ones(world * len(part))
+
+    def once() -> None:
+        dist.all_gather_into_tensor(whole, part)
+        dist.all_gather_into_tensor(whole, part)
+        dist.reduce_scatter_tensor(part, whole)
+
+    return timed(once, ranks)
+
+
+def timed(work: Callable[[], None], ranks: Ranks) -> float:
+    seconds = []
+    for _ in range(REPEATS):
+        ranks.meet()
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def run_world(world: int, rounds: int, alone: bool) -> dict[str, Any]:
+    """The median step of the slowest rank, and what it is made of."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, (world, folder, rounds), nprocs=world)
-        found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
-        return found
+        mp.spawn(train, (world, folder, rounds, alone), nprocs=world)
+        found = [json.loads(Path(folder, f"found-{rank}.json").read_text()) for rank in range(world)]
+    slowest = [round(1000 * max(steps), 2) for steps in zip(*(one["seconds"] for one in found), strict=True)]
+    line: dict[str, Any] = {"world": world, "ep": RUNS[world], "alone": alone, "ms": slowest}
+    if not alone:
+        line["bytes_a_rank"] = sum(one["sent"] for one in found) // world
+        for name in ("exchange", "weights"):
+            line[f"{name}_ms"] = round(1000 * max(one[name] for one in found), 2)
+    return line
 
 
 def dims_of(world: int, layout: str) -> ParallelDims:
@@ -140,23 +208,33 @@ def _explained(rounds: int) -> str:
     return f"""## Real processes
 
 The quickstart's model with 2 layers; {rounds} steps after two that are not counted, {ROWS} rows of 256 tokens a
-rank, a thread each, gloo. More ranks than cores share these, so that tokens per second in all is what can be
-compared: **of the cores** is that ÷ (tokens per second of one rank · the ranks that have a core of their own).
+rank, a thread each, gloo. More ranks than cores share these. A step is that of the slowest rank; the ranks meet
+before each.
+
+- **apart**: as many processes at the same time that train by themselves, all experts in each.
+- **exchange**, **weights**: the all-to-alls of a step alone, as if all were of one size; and weights gathered
+  twice and gradients summed once, all at a time.
+- **÷ model**: the step ÷ the sum of these three. What is above 1 is waiting for ranks with more rows, and
+  collectives that are smaller than these.
+- **of apart**: tokens per second ÷ those of processes that train by themselves.
 """
 
 
 def runs_table(runs: Sequence[dict[str, Any]]) -> str:
-    cores = len(os.sched_getaffinity(0))
-    lines = ["| ranks | ep | ms a step | tokens/s | of the cores | all-to-all MB a rank and step |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    alone = next((run for run in runs if run["world"] == 1), None)
+    lines = [
+        "| ranks | ep | ms a step | tokens/s a rank | apart | exchange | weights | ÷ model | of apart | MB sent |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    apart = {run["world"]: median(run["ms"]) for run in runs if run["alone"]}
     for run in runs:
-        rate = ROWS * 256 * run["world"] / median(run["ms"]) * 1000
-        share = ""
-        if alone is not None:
-            share = f"{median(alone['ms']) / median(run['ms']) * run['world'] / min(cores, run['world']):.2f}"
-        cells = [run["world"], run["ep"], f"{median(run['ms']):.0f}", f"{rate:.0f}", share]
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} | {run['bytes_a_rank'] / 1e6:.1f} |")
+        if run["alone"]:
+            continue
+        ms, by_itself = median(run["ms"]), apart[run["world"]]
+        model = by_itself + run["exchange_ms"] + run["weights_ms"]
+        cells = [str(run["world"]), str(run["ep"]), f"{ms:.0f}", f"{ROWS * 256 / ms * 1000:.0f}"]
+        cells += [f"{by_itself:.0f}", f"{run['exchange_ms']:.1f}", f"{run['weights_ms']:.1f}"]
+        cells += [f"{ms / model:.2f}", f"{by_itself / ms:.2f}", f"{run['bytes_a_rank'] / 1e6:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -187,7 +265,7 @@ def main(given: list[str]) -> int:
         return 0
     words = f' ARGS="{" ".join(given)}"' if given else ""
     head = measured(f"make bench-scale{words}")
-    runs = [run_world(world, args.rounds) for world in RUNS]
+    runs = [run_world(world, args.rounds, alone) for world in RUNS for alone in (True, False)]
     print(runs_table(runs), flush=True)
     fakes = [
         in_a_fresh_process(world, rank, layout)

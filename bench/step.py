@@ -26,11 +26,11 @@ from bench.here import RESULTS, measured
 from bench.layer_peers import Absent
 from bench.paired import in_turn, ratio
 from bench.step_contestant import PLAIN, DeepSpeedMoe, Muster, Products, Training, Transformers, Way
-from bench.step_parts import parts_of
 from parallel.mesh import Meshes, build_meshes
 from trainer.compose import compose
 from trainer.config import Machine, RunConfig, parallel_dims, resolve
 from trainer.data.batch import Batch
+from trainer.profiling import profiled
 
 CONFIG = ["experiment=quickstart", "launcher.nproc_per_node=1", "parallel.ep=1", "model.vocab_size=4096"]
 CONFIG += ["data.respect_documents=false", "device=cpu", "optim.warmup_steps=0", "optim.schedule=constant"]
@@ -141,7 +141,7 @@ def measure(dtype: str, rounds: int, compiled: bool, meshes: Meshes) -> Block:
     muster = ready[MUSTER]
     assert isinstance(muster, Muster)
     batch = batch_of(config, 0)
-    return Block(dtype, rows, parts_of(muster, lambda: muster.step(0, batch), steps=5))
+    return Block(dtype, rows, profiled(lambda: muster.step(0, batch), 5, muster.stepper))
 
 
 def first_losses(contestant: Training, config: RunConfig) -> list[float]:

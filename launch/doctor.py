@@ -141,6 +141,31 @@ def _torch() -> Iterator[Finding]:
         "torch", "matmul", f"{rate:,.0f} GFLOP/s measured (fp32, CPU, {torch.get_num_threads()} threads)"
     )
 
+    yield from _kernels(num_gpus)
+
+
+def _kernels(num_gpus: int) -> Iterator[Finding]:
+    """What the experts go through, and whether ``train.compile`` can."""
+    import torch
+
+    from trainer.build import cpp_compiler
+    from trainer.moe.by_expert import multiplied_in
+
+    if multiplied_in(torch.bfloat16) is torch.bfloat16:
+        bf16 = "bf16 in bf16, for which the processor has instructions"
+    else:
+        bf16 = "bf16 in fp32, an expert at a time: the processor has no instructions for it"
+    yield Finding("torch", "experts, cpu", f"a thread a run of rows; fp32 in fp32, {bf16}")
+    if num_gpus:
+        yield Finding(
+            "torch", "experts, gpu", "torch.nn.functional.grouped_mm; a loop in fp64 and odd widths"
+        )
+    compiler = cpp_compiler()
+    missing = "install g++ for train.compile=true"
+    yield Finding(
+        "torch", "compiler", compiler or "none", "ok" if compiler else "note", "" if compiler else missing
+    )
+
 
 def _storage() -> Iterator[Finding]:
     shared = Path("/dev/shm")

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from parallel.exchange_check import Notice
 from parallel.exchange_timer import ExchangeTimer
 from parallel.recompute import recorded
+
+EXCHANGE_RANGE = "muster: exchange"
+"""What a profile calls an exchange, forward or backward."""
 
 
 def exchange_rows(
@@ -24,7 +28,7 @@ def exchange_rows(
     backward: bool = False,
 ) -> Tensor:
     """One all-to-all as it is: no gradient, nothing recorded. Arguments as :func:`all_to_all_rows`."""
-    with nullcontext() if timer is None else timer.timed():
+    with record_function(EXCHANGE_RANGE), nullcontext() if timer is None else timer.timed():
         if notice is not None:
             notice.before(x_ND, send, recv, backward)
         received = x_ND.new_empty(sum(recv), *x_ND.shape[1:])

@@ -57,15 +57,20 @@ def build_model(config: RunConfig, dispatcher: Dispatcher) -> nn.Module:
     return model
 
 
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use for a CPU; None: there is none."""
+    wanted = os.environ.get("CXX")
+    return next(filter(shutil.which, [wanted] if wanted else ["g++", "clang++", "c++"]), None)
+
+
 def _check_compiler(config: RunConfig) -> None:
     """Else the first step would end in an error of the compiler's."""
-    wanted = os.environ.get("CXX")
-    found = [name for name in ([wanted] if wanted else ["g++", "clang++", "c++"]) if shutil.which(name)]
-    if config.device is Device.cpu and not found:
+    if config.device is Device.cpu and cpp_compiler() is None:
+        named = os.environ.get("CXX", "g++, clang++")
         raise ConfigError(
             "train.compile",
             "true",
-            f"there is no C++ compiler here ({wanted or 'g++, clang++'}), which torch.compile needs on a CPU",
+            f"there is no C++ compiler here ({named}), which torch.compile needs on a CPU",
             "train.compile=false, or install g++ (or name one in the environment variable CXX)",
         )
 

@@ -22,6 +22,9 @@ from trainer.config_launcher import LauncherConfig, num_nodes
 from trainer.config_moe import CureConfig, HealthConfig, LayoutConfig
 from trainer.config_survival import CheckpointConfig, GuardConfig, ResilienceConfig
 
+MAX_PROFILED = 50
+"""Steps of one profile."""
+
 
 class Device(Enum):
     auto = "auto"
@@ -277,6 +280,9 @@ class TrainConfig:
     compile: bool = False
     """Compile attention, norms and residuals of the blocks (torch.compile): other bits, and the first step waits
     for it. Experts and what is exchanged stay as they are."""
+    profile: str | None = None
+    """Steps to profile, "10-12" or "10": a trace, and what each part of a step took, of every rank that exchanges
+    tokens with rank 0 (docs/using.md). null: none."""
     verify_first: bool = False
     """Prove the layout (`muster verify`) before training; a certificate that fails ends the command."""
 
@@ -355,6 +361,31 @@ class Machine:
 def world_size(config: RunConfig) -> int:
     """Ranks of a resolved config."""
     return num_nodes(config.launcher) * config.launcher.nproc_per_node
+
+
+def profiled_steps(config: RunConfig) -> tuple[int, int] | None:
+    """First and last step of ``train.profile``; None: no step is profiled. Raises ConfigError."""
+    text = config.train.profile
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    last = last if dash else first
+    numbers = first.isdecimal() and last.isdecimal()
+    require(
+        numbers and 1 <= int(first) <= int(last) <= config.train.steps,
+        "train.profile",
+        text,
+        f"it is a step, or FIRST-LAST, of those that the run makes (1 to {config.train.steps})",
+        f"train.profile={max(1, config.train.steps - 2)}-{config.train.steps}",
+    )
+    require(
+        int(last) - int(first) < MAX_PROFILED,
+        "train.profile",
+        text,
+        f"a trace of more than {MAX_PROFILED} steps is larger than its viewers take",
+        f"train.profile={first}-{int(first) + 2}",
+    )
+    return int(first), int(last)
 
 
 def parallel_dims(config: RunConfig) -> ParallelDims:

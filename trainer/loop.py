@@ -39,6 +39,7 @@ from trainer.guard.findings import RollBack
 from trainer.guard.guard import Guard
 from trainer.health.monitor import Health
 from trainer.metrics.step import Hardware, check_user_metrics, step_metrics
+from trainer.profiling import Profile
 from trainer.restoring import restore
 from trainer.runlog import RunLog
 from trainer.saving import TrainState, save_checkpoint, take_snapshot, trainer_state
@@ -62,6 +63,7 @@ class Trainer:
         cure: what is done about uneven and dead experts; None: nothing.
         guard: decides whether a step commits; None: every one does.
         memory: this rank's snapshots; None: off.
+        profile: of some steps; None: none is asked for, or not of this rank.
         peers: copies on other nodes; None: off, or there is one node only.
         members: where every rank's ``peers`` listens.
         began_anew: whether no state of this run was found when it started.
@@ -94,6 +96,7 @@ class Trainer:
     cure: Cure | None = None
     guard: Guard | None = None
     memory: MemoryTier | None = None
+    profile: Profile | None = None
     peers: PeerTier | None = None
     members: Sequence[Member] = ()
     began_anew: bool = False
@@ -125,6 +128,9 @@ class Trainer:
         if self.began_anew:
             self.first_state = copy.deepcopy(trainer_state(self)), rank_tensors_of(self.stepper.device)
         while self.state.step < config.train.steps:
+            if self.profile is not None:
+                self.stepper.pulse.enter("hooks")  # it may have much to write
+                self.profile.reach(self.state.step + 1, self)
             num_restores = self.num_restores
             result, state = self.step(), self.state
             if self.num_restores > num_restores:  # the guard has gone back to an earlier step
@@ -153,6 +159,7 @@ class Trainer:
                 self.deadlines.stepped()
             if stop and not last:
                 self.stepper.pulse.enter("finish")
+                self._end_profile()
                 self._tell_stragglers(last=True)
                 self.health.finish()
                 self._last_save()
@@ -375,6 +382,10 @@ class Trainer:
             )
         self.failed_saves.report()
 
+    def _end_profile(self) -> None:
+        if self.profile is not None:
+            self.profile.end(self.state.step)
+
     def _last_save(self) -> None:
         """Wait for a save that no other will follow: if it fails, that is an error at once."""
         self.checkpoints.join()
@@ -383,6 +394,7 @@ class Trainer:
 
     def _finish(self) -> None:
         self.stepper.pulse.enter("finish")
+        self._end_profile()
         self._tell_stragglers(last=True)
         self._last_save()
         self.health.finish()

@@ -18,6 +18,7 @@ from trainer.config import (
     Source,
     check_batch,
     parallel_dims,
+    profiled_steps,
     require,
 )
 from trainer.config_moe import HealthConfig
@@ -59,6 +60,7 @@ def validate(config: RunConfig) -> None:
     check_cure(config)
     _check_engine(config)
     _check_compile(config)
+    profiled_steps(config)
     _check_data(config, dims)
     _check_optim(config)
     _check_health(config)

@@ -38,7 +38,7 @@ from trainer.checkpoint.memory import MemoryTier
 from trainer.checkpoint.timeline import Timelines
 from trainer.checkpoint.whole import contents_of
 from trainer.compose import plain
-from trainer.config import Device, RunConfig, parallel_dims
+from trainer.config import Device, RunConfig, parallel_dims, profiled_steps
 from trainer.cure.cure import build_cure
 from trainer.data.loader import build_loader, valid_batches
 from trainer.data.prepare import prepare_data
@@ -52,6 +52,7 @@ from trainer.liveness import Pulse
 from trainer.loop import Trainer
 from trainer.metrics.step import Hardware
 from trainer.models.cost import model_cost
+from trainer.profiling import Profile, is_profiled
 from trainer.resilience import StopSignal
 from trainer.restoring import begin
 from trainer.runlog import RunLog
@@ -224,6 +225,7 @@ def _build_trainer(
         _SAVE_TIMEOUT_SECONDS,
         contents,
     )
+    steps = profiled_steps(config)
     ledger = Ledger(run_dir / LEDGER_FILE, prepared.fingerprint, config.train.global_batch)
     trainer = Trainer(
         config=config,
@@ -247,6 +249,7 @@ def _build_trainer(
         cure=build_cure(config, engine, stepper, control),
         guard=build_guard(config, dims, stepper, control, ledger, log),
         memory=_build_memory(config, run_dir, place, dims),
+        profile=Profile(steps, run_dir, place.rank, log) if steps and is_profiled(place.rank, dims) else None,
     )
     if place.rank == 0:
         check_room(directory, _checkpoint_bytes(engine))

@@ -23,7 +23,10 @@ def test_ranks_of_a_large_world_know_few_groups() -> None:
     assert "| 512 | dp_replicate 8, ep 8 | 257 |" in scale.fakes_table([line])
 
 
-def test_two_ranks_train_as_many_tokens_each() -> None:
-    found = scale.run_world(2, rounds=1)
+def test_two_ranks_train_as_many_tokens_each_as_two_that_are_apart() -> None:
+    found = scale.run_world(2, rounds=1, alone=False)
     assert found["ep"] == 2 and len(found["ms"]) == 1 and found["bytes_a_rank"] > 0
-    assert scale.runs_table([found]).count("\n| 2 | 2 |") == 1
+    assert found["exchange_ms"] > 0 and found["weights_ms"] > 0
+    apart = scale.run_world(2, rounds=1, alone=True)
+    assert len(apart["ms"]) == 1 and "exchange_ms" not in apart
+    assert scale.runs_table([apart, found]).count("\n| 2 | 2 |") == 1

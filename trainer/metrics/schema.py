@@ -224,6 +224,11 @@ EVENTS: dict[str, dict[str, str]] = {
         "best": "whether it is the lowest so far",
         "seconds": "it took",
     },
+    "profile": {
+        "path": "folder of the traces (`train.profile`)",
+        "parts_ms": "part of the model → milliseconds a step, of rank 0",
+        "seconds": "that writing took",
+    },
     "failure": {
         "kind": "crash, hang, …; `storage`: a checkpoint that could not be written, training went on",
         "rank": "that failed",

@@ -65,6 +65,9 @@ def event_text(event: Record) -> str:
         text = f"validation loss {as_float(get('loss_valid')):.3f}" + (
             ", the best so far" if get("best") else ""
         )
+    elif kind == "profile":
+        slowest = [f"{name} {ms:.1f} ms" for name, ms in list(get("parts_ms", {}).items())[:3]]
+        text = f"{get('path')}: a step's largest parts are {', '.join(slowest)}"
     elif kind == "failure":
         text = f"{get('kind')} of rank {get('rank')} on {get('host')}: {get('cause')}"
     elif kind == "restart":
@@ -93,7 +96,7 @@ def event_text(event: Record) -> str:
 
 def event_line(event: Record) -> str:
     """An event for grep: ``failure  step 120  kind=crash rank=1 …``."""
-    skip = ("event", "time", "step", "config", "sample", "run_dir", "evidence", "log")
+    skip = ("event", "time", "step", "config", "sample", "run_dir", "evidence", "log", "parts_ms")
     values = [
         f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={' '.join(str(value).split())}"
         for key, value in event.items()

@@ -98,7 +98,7 @@ class _ByExpert(torch.autograd.Function):
     ) -> Tensor:
         gate = x.new_empty(sum(counts), w1.shape[2])
         up, out = torch.empty_like(gate), x.new_empty(len(gate), x.shape[1])
-        factors, wide = _factors(x.dtype), _wide(x.dtype)
+        factors, wide = multiplied_in(x.dtype), _wide(x.dtype)
         rows = _rows_of(home)
 
         def forward(piece: Piece) -> None:
@@ -118,7 +118,7 @@ class _ByExpert(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, w1, w3, w2, weight_TK = ctx.saved_tensors
         home: Permutation | None = ctx.home
-        factors, wide = _factors(x.dtype), _wide(x.dtype)
+        factors, wide = multiplied_in(x.dtype), _wide(x.dtype)
         rows, weight = _rows_of(home), _weight_of_rows(weight_TK, home)
         dx = x.new_empty(len(gate), x.shape[1])
         dws = [torch.empty_like(w) for w in (w1, w3, w2)]
@@ -173,8 +173,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @cache
-def _factors(dtype: torch.dtype) -> torch.dtype:
-    """The type in which matrices are multiplied."""
+def multiplied_in(dtype: torch.dtype) -> torch.dtype:
+    """The type in which experts of a type are multiplied on this processor."""
     if dtype == torch.bfloat16 and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     ):

@@ -66,7 +66,7 @@ def shrink(asked: RunConfig, device: Device, recorder: CallbackConfig) -> tuple[
     c.data.target, c.data.kwargs = "trainer.proof.corpus:documents", {}
     c.data.valid_fraction, c.data.virtual_shards = 0.2, train.global_batch
     c.data.tokenizer.path, c.data.tokenizer.vocab_size = None, 264
-    c.train.verify_first = False
+    c.train.verify_first, c.train.profile = False, None
     c.eval.every = c.eval.sample_tokens = 0
     c.checkpoint.every, c.checkpoint.keep_last, c.checkpoint.load_from = 1, 4, None
     c.checkpoint.memory_every = 0

@@ -228,5 +228,12 @@ def test_doctor_finds_this_machine() -> None:
     findings = {(found.section, found.name): found for found in examine()}
     assert findings["machine", "python"].state == findings["torch", "gloo"].state == "ok"
     assert float(findings["torch", "matmul"].value.split()[0].replace(",", "")) > 0
+    assert "fp32 in fp32" in findings["torch", "experts, cpu"].value
     assert {("packages", "hydra-core"), ("storage", "this folder"), ("w&b", "account")} <= findings.keys()
     assert not [found for found in findings.values() if found.state == "bad"]
+
+
+def test_doctor_misses_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (found,) = [found for found in examine() if found.name == "compiler"]
+    assert (found.value, found.state, found.advice) == ("none", "note", "install g++ for train.compile=true")

@@ -135,7 +135,7 @@ def test_processors_without_narrow_products(monkeypatch: pytest.MonkeyPatch) -> 
     leaves = inputs(MANY, torch.bfloat16)
     errors = {}
     for factors in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(by_expert, "_factors", lambda dtype, factors=factors: factors)
+        monkeypatch.setattr(by_expert, "multiplied_in", lambda dtype, factors=factors: factors)
         pairs = zip(answers(leaves, MANY), truth(leaves, MANY), strict=True)
         errors[factors] = [float((f.double() - w).abs().max() / w.abs().max()) for f, w in pairs]
     assert max(errors[torch.float32]) <= 1e-2 and max(errors[torch.bfloat16]) <= 1e-2
