@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +80,7 @@ def train(rank: int, world: int, folder: str, rounds: int, alone: bool) -> None:
         alone: it trains by itself, beside the others.
     """
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # names that PyTorch 2.13 has changed, and 2.11 has not
     size, place = (1, 0) if alone else (world, rank)
     store = dist.FileStore(f"{folder}/store-{rank if alone else 0}", size)
     dist.init_process_group("gloo", store=store, rank=place, world_size=size, timeout=timedelta(minutes=5))
