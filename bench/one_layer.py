@@ -84,10 +84,13 @@ class OneLayer:
 
 
 def bound(sizes: Sizes, world: int, budget: int) -> int:
-    """Bytes that no rank's step exceeds in fp32, however the tokens are routed (docs/memory.md)."""
+    """Bytes that no rank's step exceeds in fp32 with one thread, however tokens are routed (docs/memory.md)."""
     D, F = sizes.dim, sizes.ffn_dim
-    in_flight = min(budget, world * sizes.rows) * (max(6 * F + 2 * D, 2 * F + 5 * D) + 6)
+    rows = min(budget, world * sizes.rows)
+    block = min(512, -(-rows // 4)) if rows >= 256 else rows
+    in_flight = rows * (2 * F + 5 * D + 6) + block * (4 * F + 2 * D)
+    cut = 3 * D * F
     weights = 3 * (sizes.experts // world) * D * F
     at_home = sizes.rows * (2 * D + 12) + sizes.tokens * D
     combining = sizes.rows * (5 * D + 12) + sizes.tokens * D
-    return 4 * max(combining, at_home + in_flight + 2 * weights)
+    return 4 * max(combining, at_home + in_flight + 2 * weights + cut)

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,6 @@ _FEW = 64
 """Rows for which no further thread is woken."""
 
 _silu_backward_into = torch.ops.aten.silu_backward.grad_input
-
-Found = TypeVar("Found")
 
 
 def swiglu_by_expert(
@@ -124,7 +122,9 @@ class _ByExpert(torch.autograd.Function):
         dws = [torch.empty_like(w) for w in (w1, w3, w2)]
         dweight = None if weight is None else torch.empty_like(weight)
 
-        def backward(piece: Piece) -> list[_Sum]:
+        shared = _Cut()
+
+        def backward(piece: Piece) -> None:
             own1, own3, own2 = (
                 w[piece.expert].to(factors).t() for w in (w1, w3, w2)
             )  # [F, D], [F, D], [D, F]
@@ -144,9 +144,10 @@ class _ByExpert(torch.autograd.Function):
                 sums[0].add(own.t(), dg)
                 sums[1].add(own.t(), du)
                 _product(dg, own1, dx[block], du, own3)
-            return [part for part in sums if not part.done()]
+            for part in sums:
+                part.put(shared)
 
-        _add_up(_each(ctx.counts, backward))
+        _each(ctx.counts, backward)
         if home is None or dweight is None:
             return dx, *dws, None, None, None
         dx = weighted_sum(dx, home.row_of_pair_TK, weight_TK, home.drops)
@@ -215,28 +216,39 @@ class _Sum:
         else:
             self.total.add_(a @ b)
 
-    def done(self) -> bool:
-        """Put it where it belongs, if no other piece has a part in it."""
+    def put(self, shared: _Cut) -> None:
+        """Put it where it belongs; ``shared`` does so if other pieces have a part in it."""
         if self.piece.of > 1:
-            return False
-        if self.total is None:
+            assert self.total is not None, "no piece of several is empty"
+            shared.add(self.out, self.total, self.piece)
+        elif self.total is None:
             self.out.zero_()
         elif self.total is not self.out:
             self.out.copy_(self.total)
-        return True
 
 
-def _add_up(found: list[list[_Sum]]) -> None:
-    """Sums of experts whose rows were cut, in the order of the pieces."""
-    first: dict[int, Tensor] = {}
-    for part in chain.from_iterable(found):
-        assert part.total is not None, "no piece of several is empty"
-        key = part.out.data_ptr()
-        total = first.setdefault(key, part.total)
-        if total is not part.total:
-            total.add_(part.total)
-        if part.piece.index == part.piece.of - 1 and total is not part.out:
-            part.out.copy_(total)
+class _Cut:
+    """Adds up the sums of experts whose rows were cut, in the order of the pieces, each as soon as it can be."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[tuple[int, int], Tensor] = {}
+        self._added: dict[int, tuple[Tensor, int]] = {}
+
+    def add(self, out: Tensor, total: Tensor, piece: Piece) -> None:
+        """Take the sum of one piece; into ``out`` with the last of them. Keeps nothing of it then."""
+        key = out.data_ptr()
+        with self._lock:
+            self._waiting[key, piece.index] = total
+            sums, number = self._added.get(key, (total, 0))
+            while (key, number) in self._waiting:
+                found = self._waiting.pop((key, number))
+                sums = found if number == 0 else sums.add_(found)
+                number += 1
+            if number:
+                self._added[key] = sums, number
+            if number == piece.of and sums is not out:
+                out.copy_(sums)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, a2: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
@@ -279,22 +291,23 @@ def cut(counts: list[int], num_runs: int) -> list[list[Piece]]:
     return runs
 
 
-def _each(counts: list[int], work: Callable[[Piece], Found]) -> list[Found]:
-    """All pieces of all experts, in their order, a run a thread; where rows are few, by the caller alone."""
+def _each(counts: list[int], work: Callable[[Piece], None]) -> None:
+    """All pieces of all experts, a run a thread; where rows are few, by the caller alone."""
     threads = torch.get_num_threads()
     num_runs = min(max(_RUNS, threads), sum(counts) // _FEW)
-    if num_runs < 2:
-        return [work(piece) for run in cut(counts, 1) for piece in run]
-    runs = cut(counts, num_runs)
-    if threads == 1:
-        return [work(piece) for run in runs for piece in run]
+    runs = cut(counts, max(1, num_runs))
+    if num_runs < 2 or threads == 1:
+        for piece in chain.from_iterable(runs):
+            work(piece)
+        return
     inference = torch.is_inference_mode_enabled()
 
-    def elsewhere(run: list[Piece]) -> list[Found]:
+    def elsewhere(run: list[Piece]) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            return [work(piece) for piece in run]
+            for piece in run:
+                work(piece)
 
-    return list(chain.from_iterable(_pool(threads).map(elsewhere, runs)))
+    list(_pool(threads).map(elsewhere, runs))  # raises what one of them did
 
 
 @cache
