@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-every-step bench-snapshot bench-layer bench-step bench-exchange bench-scale bench-checkpoint bench docs clean
+.PHONY: help setup train test test-all test-gpu cluster-tools lint chaos bench-layouts bench-survival bench-saves bench-torn bench-cycles bench-guard bench-every-step bench-snapshot bench-layer bench-step bench-before bench-exchange bench-scale bench-checkpoint bench docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ bench-layer: setup ## one MoE layer, Muster, peers and floors in turn, write ben
 
 bench-step: setup ## a whole training step, Muster, peers and the floor in turn, write bench/results/step.md (ARGS="--dtype fp32")
 	$(SPIN) $(BIN)/python -m bench.step $(ARGS)
+
+bench-before: setup ## a step of an older version and of this one in turn, with a picture (ARGS="--rev COMMIT")
+	$(BIN)/python -m bench.before $(ARGS)
 
 bench-exchange: setup ## the MoE layer over 2 and 4 processes beside its products and bytes, write bench/results/exchange.md
 	$(BIN)/python -m bench.exchange $(ARGS)
