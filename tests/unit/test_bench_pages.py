@@ -1,8 +1,12 @@
-"""`make bench-checkpoint` and `make bench-scale`: what they measure is done by real processes, and told."""
+"""`make bench-checkpoint`, `bench-scale`, `bench-before`: what they measure is done by real processes, and told."""
 
 from __future__ import annotations
 
-from bench import checkpoint, scale
+from pathlib import Path
+
+import pytest
+
+from bench import before, checkpoint, scale
 
 
 def test_every_way_saves_and_loads_the_same() -> None:
@@ -30,3 +34,15 @@ def test_two_ranks_train_as_many_tokens_each_as_two_that_are_apart() -> None:
     apart = scale.run_world(2, rounds=1, alone=True)
     assert len(apart["ms"]) == 1 and "exchange_ms" not in apart
     assert scale.runs_table([apart, found]).count("\n| 2 | 2 |") == 1
+
+
+def test_a_version_says_what_its_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "PICTURE", tmp_path / "picture.png")
+    one = before.step_of(before.ROOT, steps=1, spin=True)
+    assert len(one["ms"]) == 1 and len(one["losses"]) == 3 and one["parts_ms"]["experts"] > 0
+    rounds = {"before": [one, one], "after": [one, one]}
+    parts = {version: before.parts_of(found) for version, found in rounds.items()}
+    assert sum(parts["after"].values()) == pytest.approx(sum(one["parts_ms"].values()))
+    before.draw(parts)
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert "After ÷ before: 1.00 [1.00, 1.00]" in before.page("head", "abc", rounds)
