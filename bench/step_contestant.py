@@ -19,7 +19,7 @@ from bench.layer_peers import Absent
 from parallel.dispatch.local import LocalDispatcher
 from parallel.engines.base import whole_state
 from parallel.mesh import Meshes
-from trainer.build import build_dispatcher, build_engine, build_model
+from trainer.build import build_dispatcher, build_engine, build_model, torch_dtype
 from trainer.config import Dtype, RunConfig
 from trainer.data.batch import IGNORED, Batch
 from trainer.interop.families import family_for, make_pieces
@@ -43,7 +43,7 @@ class Muster(Training):
     """The engine and the stepper of ``muster train``."""
 
     def __init__(self, config: RunConfig, meshes: Meshes) -> None:
-        device = torch.device("cpu")
+        device = device_of(config)
         self.engine = build_engine(config, meshes, device)
         self.engine.prepare(build_model(config, build_dispatcher(meshes)))
         initialise(self.engine.model, self.engine.named_state(), config.train.seed)
@@ -76,13 +76,15 @@ class Transformers(Training):
 
     def __init__(self, config: RunConfig, way: Way) -> None:
         dtype = torch.bfloat16 if config.train.dtype is Dtype.bf16 and not way.autocast else torch.float32
-        self.model = published_model(config, way.experts, dtype).train()
+        self.device = device_of(config)
+        self.model = published_model(config, way.experts, dtype).to(self.device).train()
         self.forward: Callable[..., Any] = torch.compile(self.model) if way.compiled else self.model
         self.autocast, self.config = way.autocast, config
         self.optimizer = plain_adamw(self.model, config, way.fused)
 
     def step(self, number: int, batch: Batch) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             out = self.forward(
                 input_ids=batch.tokens, labels=batch.tokens, shift_labels=batch.targets, use_cache=False
             )
@@ -146,13 +148,17 @@ class DeepSpeedLayer(nn.Module):
 
 
 class Products(Training):
-    """The step's matrix products alone, in fp32, the experts' as if they were one: into memory that is there."""
+    """The step's matrix products alone, the experts' as if they were one: into memory that is there.
+
+    In fp32 on a CPU, whatever the dtype of the others.
+    """
 
     def __init__(self, config: RunConfig) -> None:
-        sizes = product_sizes(config)
+        sizes, device = product_sizes(config), device_of(config)
+        kind = {"device": device, "dtype": torch.float32 if device.type == "cpu" else torch_dtype(config)}
         shapes = {s for rows, inner, outer in sizes for s in ((rows, inner), (rows, outer), (inner, outer))}
-        self.given = {shape: torch.randn(shape) for shape in shapes}
-        self.found = {shape: torch.empty(shape) for shape in shapes}
+        self.given = {shape: torch.randn(shape, **kind) for shape in shapes}
+        self.found = {shape: torch.empty(shape, **kind) for shape in shapes}
         self.sizes = sizes
 
     def step(self, number: int, batch: Batch) -> Tensor:
@@ -163,6 +169,10 @@ class Products(Training):
             torch.mm(x.T, dy, out=found[inner, outer])
             torch.mm(dy, w.T, out=found[rows, inner])
         return torch.zeros(())
+
+
+def device_of(config: RunConfig) -> torch.device:
+    return torch.device(config.device.value)
 
 
 def product_sizes(config: RunConfig) -> list[tuple[int, int, int]]:

@@ -13,7 +13,8 @@ from bench.step_contestant import PLAIN, DeepSpeedMoe, Muster, Training, Transfo
 from parallel.dispatch.local import LocalDispatcher
 from parallel.mesh import Meshes, build_meshes
 from trainer.build import build_model
-from trainer.config import parallel_dims
+from trainer.compose import compose
+from trainer.config import Machine, parallel_dims, resolve
 from trainer.models.cost import model_cost
 
 SMALL = ["model.dim=32", "model.ffn_dim=48", "model.num_layers=2", "model.vocab_size=64", "train.seq_len=16"]
@@ -44,6 +45,31 @@ def test_all_lose_as_much_as_transformers_does(dtype: str, meshes: Meshes) -> No
         for name, training in trainings.items()
     }
     assert judged == dict.fromkeys(trainings, "")
+
+
+def test_the_model_for_a_gpu_is_that_of_transformers(meshes: Meshes) -> None:
+    small = [
+        *bench.COMMON,
+        *bench.CONFIGS["cuda"],
+        *PLAIN,
+        *SMALL,
+        "model.num_heads=4",
+        "model.num_kv_heads=4",
+    ]
+    small += ["model.num_layers=4", "layout.num_experts=8", "layout.top_k=2", "train.global_batch=2"]
+    config = resolve(compose([*small, "device=cpu", "train.dtype=fp32"]), Machine.here())
+    right = bench.first_losses(Transformers(config, bench.EAGER), config)
+    found = bench.first_losses(Muster(config, meshes), config)
+    assert bench.judged(found, right, bench.LIMITS["fp32"]) == "" and right[0] != right[-1]
+    assert bench.config_of("bf16", PLAIN, "cuda").train.seq_len == 4096
+
+
+def test_the_page_has_rates() -> None:
+    rows = [bench.Row(name, [1.0], [100.0, 100.0]) for name in (bench.MUSTER, bench.FLOORS["cuda"])]
+    block = bench.Block("bf16", "cuda", rows, tokens=2048, flops=2e13, peak=1e15, parts={"experts": 1.0})
+    assert "| Muster | 100 | 20,480 | 20% | 1.00 [1.00, 1.00] |" in bench.table(block)
+    page = bench.page("head", [block], 2, [])
+    assert page.startswith("# One training step of four layers of OLMoE") and "one GPU" in page
 
 
 def test_who_trains_otherwise_is_called_wrong(meshes: Meshes) -> None:
